@@ -1,0 +1,219 @@
+"""What a task is, what a batch is, and how element losses become one number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class MissingKey(KeyError):
+    """A name that a batch, a model or a mapping lacks; reads as a sentence, unlike a plain KeyError."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Metric(Protocol):
+    """What evaluation needs of a metric; every `torchmetrics.Metric` satisfies it."""
+
+    higher_is_better: bool | None
+
+    def update(self, prediction: Any, target: Any) -> None:
+        """Add one batch."""
+
+    def compute(self) -> Tensor:
+        """The value over everything added since the last reset."""
+
+    def reset(self) -> None:
+        """Forget everything added."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One thing to learn: a loss, which labels count, how it is judged, and whether it is wanted for itself.
+
+    Args:
+        name: unique among the tasks of a model; the key of its head. Not empty, without a dot.
+        loss: ``loss(prediction, target)``, *unreduced*: a tensor ``[N, *]`` of element losses. A 0-dim
+            tensor is accepted as a ready mean; a shaper then refuses the task by name.
+        valid: ``valid(target)`` gives a boolean mask of the labelled elements: the shape of the loss, or
+            its leading dimensions only (``[N]`` rules whole samples in or out). None: everything is labelled.
+        metrics: name to metric, the headline metric first; read by evaluation, never by a step.
+        primary: False for an auxiliary task, which exists to help and is not deployed.
+        target: key of its labels in ``batch.targets``; its own name if None.
+        input: key of its input in ``batch.inputs``; the only input if None. Tasks with different input
+            keys are the multi-domain (many-to-many) setting.
+
+    Raises:
+        ValueError: for a name that cannot be a module's name.
+        TypeError: for a loss or mask that cannot be called.
+
+    >>> task = Task("depth", loss=lambda p, y: (p - y).abs(), valid=lambda y: y > 0, primary=False)
+    >>> loss, count = task.mean(torch.tensor([1.0, 5.0]), torch.tensor([3.0, 0.0]))
+    >>> loss.item(), count.item()
+    (2.0, 1.0)
+    """
+
+    name: str
+    loss: Callable[[Any, Any], Tensor]
+    valid: Callable[[Any], Tensor] | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    primary: bool = True
+    target: str | None = None
+    input: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or "." in self.name:
+            raise ValueError(f"a task's name is a non-empty string without a dot, not {self.name!r}")
+        if not callable(self.loss):
+            raise TypeError(f"task {self.name!r}: loss must be callable as loss(prediction, target), not {self.loss!r}")
+        if self.valid is not None and not callable(self.valid):
+            raise TypeError(f"task {self.name!r}: valid must be callable as valid(target), not {self.valid!r}")
+
+    def elements(self, prediction: Any, target: Any) -> tuple[Tensor, Tensor | None]:
+        """Element losses and the mask of the labelled ones, expanded to the shape of the losses.
+
+        The loss never sees what the mask rules out: those targets are replaced by a labelled one, so that a NaN
+        or an out-of-range class id that marks a missing label can neither raise nor reach a gradient.
+        """
+        if self.valid is None:
+            return self._call_loss(prediction, target), None
+        mask = self.valid(target)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            found = f"{mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"task {self.name!r}: valid(target) must return a boolean tensor, found {found}")
+        losses = self._call_loss(prediction, _fill_unlabelled(target, mask))
+        if losses.ndim == 0:
+            raise ValueError(
+                f"task {self.name!r}: valid needs one loss per element, but the loss returned a scalar; "
+                "use reduction='none'"
+            )
+        try:
+            return losses, _append_dims(mask, losses.ndim).expand_as(losses)
+        except RuntimeError as error:
+            raise ValueError(
+                f"task {self.name!r}: the mask of labelled elements {list(mask.shape)} does not fit "
+                f"the losses {list(losses.shape)}"
+            ) from error
+
+    def mean(self, prediction: Any, target: Any) -> tuple[Tensor, Tensor]:
+        """The masked mean of the element losses and how many elements it is over.
+
+        Without a labelled element (or with ``target=None``) the mean is 0, and so is its gradient.
+        """
+        total, count = masked_sum(*self.elements(prediction, target))
+        return total / count.clamp(min=1), count
+
+    def _call_loss(self, prediction: Any, target: Any) -> Tensor:
+        losses = self.loss(prediction, target)
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"task {self.name!r}: loss must return a tensor, found {type(losses).__name__}")
+        # Sums over many elements and everything a rule reads want at least single precision.
+        return losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses
+
+
+def masked_sum(losses: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum of the element losses under the mask, and the number of elements summed."""
+    if mask is None:
+        return losses.sum(), losses.new_tensor(float(losses.numel())).detach()
+    return torch.where(mask, losses, 0.0).sum(), mask.sum().to(losses.dtype)
+
+
+def _append_dims(mask: Tensor, ndim: int) -> Tensor:
+    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim)) if mask.ndim < ndim else mask
+
+
+def _fill_unlabelled(target: Any, mask: Tensor) -> Any:
+    """Replace unlabelled targets by the first labelled one (by 1 where there is none).
+
+    A constant would be wrong for losses that take a logarithm or an inverse of the target: the
+    derivative of a masked infinity is NaN, and zero times NaN is NaN.
+    """
+    if not isinstance(target, Tensor):
+        return target
+    for candidate in (_append_dims(mask, target.ndim), mask.unsqueeze(1)):
+        if candidate.ndim == target.ndim and all(
+            m in (1, n) for m, n in zip(candidate.shape, target.shape, strict=True)
+        ):
+            wide = candidate.expand_as(target)
+            if target.numel() == 0:
+                return target
+            first = target.flatten()[wide.flatten().to(torch.uint8).argmax()]
+            return torch.where(wide, target, torch.where(wide.any(), first, torch.ones_like(first)))
+    return target
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Inputs and labels of one step.
+
+    Args:
+        inputs: a tensor (or any structure the encoder takes), or a mapping from input name to such.
+        targets: target name to labels, ``[N, *]``. None says that the batch has no label for that task.
+
+    >>> Batch(torch.zeros(2, 3), {"a": torch.ones(2)}).to("cpu").targets["a"]
+    tensor([1., 1.])
+    """
+
+    inputs: Any
+    targets: Mapping[str, Any]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with every tensor on `device`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        map_tensors = torch.utils._pytree.tree_map_only
+        return Batch(map_tensors(Tensor, move, self.inputs), map_tensors(Tensor, move, dict(self.targets)))
+
+    def input_of(self, task: Task) -> Any:
+        """The input of a task.
+
+        Raises:
+            MissingKey: naming the task and the inputs there are.
+        """
+        if task.input is None:
+            if not isinstance(self.inputs, Mapping):
+                return self.inputs
+            if len(self.inputs) == 1:
+                return next(iter(self.inputs.values()))
+            raise MissingKey(f"task {task.name!r} names no input, but the batch has several: {_listed(self.inputs)}")
+        if not isinstance(self.inputs, Mapping) or task.input not in self.inputs:
+            have = _listed(self.inputs) if isinstance(self.inputs, Mapping) else "one unnamed input"
+            raise MissingKey(f"task {task.name!r} has no input {task.input!r}; the batch has: {have}")
+        return self.inputs[task.input]
+
+    def target_of(self, task: Task) -> Any:
+        """The labels of a task.
+
+        Raises:
+            MissingKey: naming the task and the targets there are.
+        """
+        key = task.target or task.name
+        if key not in self.targets:
+            raise MissingKey(f"task {task.name!r} has no target {key!r}; the batch has: {_listed(self.targets)}")
+        return self.targets[key]
+
+
+def check_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """The tasks as a tuple, after checking that there is one, that all are tasks and that names are unique."""
+    tasks = tuple(tasks)
+    if not tasks:
+        raise ValueError("at least one task is needed")
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise TypeError(f"expected a Task, found {type(task).__name__}: {task!r}")
+    names = [task.name for task in tasks]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ValueError(f"duplicate task: {_listed(duplicates)}; every task needs its own name")
+    return tasks
+
+
+def _listed(names: Iterator[str] | Mapping[str, Any] | Sequence[str]) -> str:
+    return ", ".join(str(name) for name in names) or "none"

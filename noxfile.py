@@ -1,0 +1,150 @@
+"""Sessions of the whole repository. The packages and what they need of each other are read from the tree."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "virtualenv"
+
+ROOT = Path(__file__).parent
+PROJECTS = {
+    path.parent.name: nox.project.load_toml(path)["project"] for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
+}
+METHODS = [name for name, project in PROJECTS.items() if "sidetask.methods" in project.get("entry-points", {})]
+WHEELS: dict[str, str] = {}
+
+PREFIX = "sidetask-"
+PINNED = ("-c", "constraints.txt")
+PYTEST = ("pytest", "pytest-xdist")
+# Most tests are too small for a second thread, so two processes of one thread each use two cores better.
+WORKERS = ("-n", "2")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def requirements(package: str) -> list[Requirement]:
+    """What a package declares that it needs."""
+    return [Requirement(text) for text in PROJECTS[package].get("dependencies", [])]
+
+
+def with_siblings(*packages: str) -> list[str]:
+    """The packages and all that they need of this repository, directly or through one another."""
+    found: list[str] = []
+    queue = list(packages)
+    while queue:
+        package = queue.pop()
+        if package not in found:
+            found.append(package)
+            queue += [r.name.removeprefix(PREFIX) for r in requirements(package) if r.name.startswith(PREFIX)]
+    return sorted(found)
+
+
+def editable(packages: list[str]) -> list[str]:
+    """What makes pip install packages from the tree."""
+    return [argument for package in packages for argument in ("-e", f"packages/{package}")]
+
+
+def wheels(session: nox.Session, packages: list[str]) -> list[str]:
+    """The packages' wheels. The first session that asks builds them all, the others of this run reuse them."""
+    if not WHEELS:
+        folder = session.cache_dir / "wheels"
+        shutil.rmtree(folder, ignore_errors=True)
+        sources = [f"./packages/{package}" for package in PROJECTS]
+        session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), *sources)
+        for wheel in folder.glob("*.whl"):
+            WHEELS[parse_wheel_filename(wheel.name)[0].removeprefix(PREFIX)] = str(wheel)
+    return [WHEELS[package] for package in packages]
+
+
+def lowest(packages: list[str]) -> list[str]:
+    """Pins at the lower bounds that the packages declare; the highest of them where several declare one."""
+    bounds: dict[str, Version] = {}
+    for requirement in (r for package in packages for r in requirements(package) if not r.name.startswith(PREFIX)):
+        bound = max(Version(part.version) for part in requirement.specifier if part.operator == ">=")
+        bounds[requirement.name] = max(bound, bounds.get(requirement.name, bound))
+    return [f"{name}=={bound}" for name, bound in bounds.items()]
+
+
+def check_installed(session: nox.Session, package: str) -> None:
+    """Run the tests and the doctests of an installed package, and compare its metadata with the tree."""
+    targets = ["tests/installed"]
+    if (ROOT / f"packages/{package}/src").exists():
+        targets += ["--pyargs", f"sidetask_{package}"]
+    if (ROOT / f"packages/{package}/tests").exists():
+        targets.append(f"packages/{package}/tests")
+    session.run("pip", "check")
+    session.run("pytest", *WORKERS, *targets, *session.posargs, env={**ONE_THREAD, "SIDETASK_PACKAGE": package})
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Compare methods on generated data, and say where the report is."""
+    session.install(*PINNED, *editable(with_siblings("bench", *METHODS)))
+    session.run("python", "-m", "sidetask_bench", "demo", *session.posargs)
+
+
+@nox.session(default=False)
+def tests(session: nox.Session) -> None:
+    """Run the tests and the doctests of all packages in one environment."""
+    session.install(*PINNED, *editable(list(PROJECTS)), *PYTEST)
+    session.run("pytest", *WORKERS, *session.posargs, env=ONE_THREAD)
+
+
+def sessions_of(package: str) -> None:
+    """Add the sessions that each package has of its own."""
+
+    @nox.session(name=f"test-{package}")
+    def test(session: nox.Session) -> None:
+        """Test one package's wheel beside its declared siblings only."""
+        session.install(*PINNED, *wheels(session, with_siblings(package)), *PYTEST)
+        check_installed(session, package)
+
+    @nox.session(name=f"lowest-{package}", default=False)
+    def lowest_bounds(session: nox.Session) -> None:
+        """Test one package's wheel at the lower bounds that it and its siblings declare."""
+        packages = with_siblings(package)
+        session.install(*wheels(session, packages), *lowest(packages), *PYTEST)
+        check_installed(session, package)
+
+
+for name in PROJECTS:
+    sessions_of(name)
+
+
+@nox.session
+def compose(session: nox.Session) -> None:
+    """Train with every pair of methods in the slots of one."""
+    session.install(*PINNED, *wheels(session, with_siblings(*METHODS)), *PYTEST)
+    session.run("pytest", *WORKERS, "tests/compose", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and layout."""
+    session.install(*PINNED, "ruff")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of every package's source."""
+    session.install(*PINNED, *editable(list(PROJECTS)), "mypy")
+    session.run("mypy", *[str(path) for path in sorted(ROOT.glob("packages/*/src"))])
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build every package's wheel and source distribution into dist/, and check what they hold."""
+    session.install(*PINNED, "build", "hatchling", "pytest", "twine")
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    for package in PROJECTS:
+        session.run("python", "-m", "build", "--no-isolation", "-o", "dist", f"packages/{package}", silent=True)
+    session.run("twine", "check", "--strict", *[str(path) for path in sorted(ROOT.glob("dist/*"))])
+    session.run("pytest", "tests/distributions", *session.posargs)

@@ -1,5 +1,31 @@
 """Core of sidetask: encode once, cut at the shared features, weight every task's signal above and below the cut."""
 
+from sidetask_core.improvement import relative_improvement, relative_improvement_by_task
+from sidetask_core.method import Augment, Combiner, Equal, Fixed, Method, Product, Rule, Shaper, Weighting
+from sidetask_core.signals import Signals
+from sidetask_core.split import SplitModel
+from sidetask_core.step import NonFiniteLoss, Report, Step
 from sidetask_core.task import Batch, Metric, MissingKey, Task
 
-__all__ = ["Batch", "Metric", "MissingKey", "Task"]
+__all__ = [
+    "Augment",
+    "Batch",
+    "Combiner",
+    "Equal",
+    "Fixed",
+    "Method",
+    "Metric",
+    "MissingKey",
+    "NonFiniteLoss",
+    "Product",
+    "Report",
+    "Rule",
+    "Shaper",
+    "Signals",
+    "SplitModel",
+    "Step",
+    "Task",
+    "Weighting",
+    "relative_improvement",
+    "relative_improvement_by_task",
+]

@@ -1,0 +1,138 @@
+"""The last part of a step: weighted gradients of every parameter, with one pass over each branch and the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sidetask_core import parallel
+from sidetask_core.passes import Domain, Gradients, Passes, vector_jacobian
+from sidetask_core.signals import Place
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A shared gradient that is not a weighted sum: at the features of this process, or over all parameters."""
+
+    gradient: Tensor
+    at: Place
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the rules decided. `encoder` is None beside `combined`; the same tensor twice says that they are equal."""
+
+    encoder: Tensor | None
+    decoder: Tensor
+    combined: Combined | None = None
+
+
+class _Sum:
+    """A weighted sum of gradients at several tensors, some of which a term may not reach."""
+
+    def __init__(self, size: int) -> None:
+        self.gradients: Gradients = [None] * size
+
+    def add(self, gradients: Gradients, weight: Tensor) -> None:
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                term = gradient * weight.to(gradient)
+                so_far = self.gradients[i]
+                self.gradients[i] = term if so_far is None else so_far.add_(term)
+
+
+def combine(passes: Passes, weights: Weights) -> dict[nn.Parameter, Tensor]:
+    """The gradient of every parameter that the losses reach, summed over processes."""
+    local: dict[nn.Parameter, Tensor] = {}
+    at_features: Gradients = []
+    for domain in passes.domains:
+        at_features += _below(passes, domain, weights, local)
+    whole: dict[nn.Parameter, Tensor] = {}
+    over_parameters = weights.combined is not None and weights.combined.at == "parameters"
+    if over_parameters or (weights.combined is None and passes.has_parameter_gradients()):
+        matrix, used = passes.parameter_gradients()
+        flat = weights.combined.gradient if weights.combined is not None else weights.encoder.to(matrix) @ matrix
+        parts = (flat * passes.scale.to(flat)).split([p.numel() for p in passes.shared])
+        for parameter, part, reached in zip(passes.shared, parts, used, strict=True):
+            if reached:
+                whole[parameter] = part.view_as(parameter).to(parameter.dtype)
+    else:
+        above = [tensor for domain in passes.domains for tensor in domain.cut.above]
+        # An earlier read of parameter gradients keeps the graph; nothing comes after this pass.
+        _add(local, passes.shared, vector_jacobian(above, at_features, passes.shared, retain=False))
+    parameters = passes.trainable
+    summed = parallel.add_gradients(parameters, [local.get(p) for p in parameters])
+    for parameter, gradient in zip(parameters, summed, strict=True):
+        if gradient is not None:
+            whole[parameter] = whole[parameter] + gradient if parameter in whole else gradient
+    return whole
+
+
+def _below(passes: Passes, domain: Domain, weights: Weights, local: dict[nn.Parameter, Tensor]) -> Gradients:
+    """Collect the gradients of heads and branches in `local`; return the weighted gradient at the features."""
+    cut = domain.cut
+    compared = passes.has_feature_gradients(domain)
+    # Beside a combined gradient nothing has to be summed at the features.
+    encoder = torch.zeros_like(weights.decoder) if weights.encoder is None else weights.encoder
+    at_features = _Sum(len(cut.below))
+    at_branches = {id(b): (_Sum(len(b.cut.below)), _Sum(len(b.cut.below))) for b in domain.branches}
+    for t in domain.tasks:
+        own, at_cut = passes.head(t)
+        weighted = _Sum(len(own))
+        weighted.add(own, weights.decoder[t])
+        _add(local, passes.own[t], weighted.gradients)
+        branch = passes.branch_of[t]
+        if compared:
+            if branch is not None:
+                through = _Sum(len(branch.parameters))
+                through.add(passes.branch_gradients(t), weights.decoder[t])
+                _add(local, branch.parameters, through.gradients)
+        elif branch is None:
+            at_features.add(at_cut, encoder[t])
+        else:
+            for_encoder, for_decoder = at_branches[id(branch)]
+            for_encoder.add(at_cut, encoder[t])
+            if weights.encoder is not weights.decoder:
+                for_decoder.add(at_cut, weights.decoder[t])
+    if compared:
+        matrix = passes.feature_gradients(domain)
+        if weights.combined is None:
+            return cut.split((encoder[domain.tasks].to(matrix) @ matrix) * passes.scale.to(matrix))
+        if weights.combined.at == "features":
+            return cut.split(weights.combined.gradient * passes.scale.to(matrix))
+        return [None] * len(cut.below)
+    for branch in domain.branches:
+        for_encoder, for_decoder = at_branches[id(branch)]
+        if weights.encoder is weights.decoder:
+            wanted = [*branch.parameters, *cut.below]
+            found = vector_jacobian(branch.cut.above, for_encoder.gradients, wanted)
+            own, at_cut = found[: len(branch.parameters)], found[len(branch.parameters) :]
+        else:
+            own = vector_jacobian(branch.cut.above, for_decoder.gradients, branch.parameters)
+            at_cut = vector_jacobian(branch.cut.above, for_encoder.gradients, cut.below)
+        _add(local, branch.parameters, own)
+        at_features.add(at_cut, torch.ones_like(encoder[0]))
+    return at_features.gradients
+
+
+def _add(total: dict[nn.Parameter, Tensor], parameters: Sequence[nn.Parameter], gradients: Gradients) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            total[parameter] = total[parameter] + gradient if parameter in total else gradient
+
+
+def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:
+    """Add gradients to `.grad`, each in memory of its own."""
+    taken: set[int] = set()
+    for parameter, gradient in gradients.items():
+        if parameter.grad is not None:
+            parameter.grad += gradient
+            continue
+        # Autograd may hand one tensor to two parameters, or an expanded one; in-place clipping needs neither.
+        if gradient.data_ptr() in taken or gradient.stride() != parameter.stride():
+            gradient = torch.empty_like(parameter).copy_(gradient)
+        taken.add(gradient.data_ptr())
+        parameter.grad = gradient

@@ -1,0 +1,140 @@
+"""Find methods, datasets and networks by name, in whatever distributions are installed.
+
+A distribution offers them as entry points of the groups ``sidetask.methods``, ``sidetask.datasets`` and
+``sidetask.networks``. A method's entry point is a callable ``(tasks, **options) -> Method``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from sidetask_core.method import Method
+from sidetask_core.task import MissingKey, Task, _listed, check_tasks
+
+# Where the project's own names live, so that a missing one can be answered with the command that brings it.
+_HOMES = {
+    "methods": {
+        "sidetask-baselines": "equal fixed uncertainty dwa rlw pcgrad cagrad mgda graddrop",
+        "sidetask-autolambda": "autolambda",
+        "sidetask-ial": "ial",
+        "sidetask-saal": "saal saal-e saal-w saal-ew",
+        "sidetask-classwise": "classwise",
+    },
+    "datasets": {"sidetask-datasets": "scenes digits frames"},
+    "networks": {"sidetask-bench": "small deeplabv3"},
+}
+
+
+def installed(group: str) -> dict[str, str]:
+    """What is installed in a group, ``"methods"``, ``"datasets"`` or ``"networks"``: name to distribution.
+
+    Raises:
+        ValueError: for an unknown group, or two distributions that claim one name.
+    """
+    return {name: _distribution(_only(group, name, points)) for name, points in sorted(_found(group).items())}
+
+
+def find(group: str, name: str) -> Any:
+    """Load what is installed under `name`.
+
+    Raises:
+        MissingKey: if nothing of that name is installed; says what to install, or which name comes nearest.
+        ValueError: for an unknown group, or if two distributions claim the name.
+    """
+    found = _found(group)
+    if name in found:
+        return _only(group, name, found[name]).load()
+    kind = group.removesuffix("s")
+    for distribution, names in _HOMES[group].items():
+        if name in names.split():
+            raise MissingKey(f"{kind} {name!r} is not installed; pip install {distribution}")
+    near = get_close_matches(name, found, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise MissingKey(f"no installed package offers a {kind} {name!r}; {hint}installed are: {_listed(sorted(found))}")
+
+
+def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
+    """Build a method from its name, or slot by slot from the names of several.
+
+    Args:
+        spec: ``"pcgrad"``; or ``{"name": "cagrad", **options}``; or slots, each given in one of these two
+            forms: ``{"encoder": "autolambda", "decoder": "ial", "shapers": {"seg": "classwise"}}``.
+        tasks: what the method is built for.
+
+    Raises:
+        MissingKey: for a name that is not installed, or a method that leaves the asked slot empty.
+        TypeError: for a spec of another form, or options that the method does not take.
+
+    >>> make_method({"encodr": "pcgrad"}, [Task("a", loss=abs)])
+    Traceback (most recent call last):
+    ...
+    TypeError: a method has no slot 'encodr'; the slots are: augment, shapers, decoder, encoder
+    """
+    tasks = check_tasks(tasks)
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping):
+        raise TypeError(f"a method is a name, a name with options or slots, not {spec!r}")
+    if "name" in spec:
+        return _call(spec, tasks)
+    slots: dict[str, Any] = {}
+    for slot, inner in spec.items():
+        if slot not in ("augment", "shapers", "decoder", "encoder"):
+            raise TypeError(f"a method has no slot {slot!r}; the slots are: augment, shapers, decoder, encoder")
+        if slot == "shapers":
+            if not isinstance(inner, Mapping):
+                raise TypeError(f"shapers map a task's name to a method, not {inner!r}")
+            slots[slot] = {task: _slot("shapers", one, tasks, task) for task, one in inner.items()}
+        elif inner is not None:
+            slots[slot] = _slot(slot, inner, tasks)
+    return Method(**slots)
+
+
+def _slot(slot: str, spec: Any, tasks: Sequence[Task], task: str | None = None) -> Any:
+    filled = getattr(make_method(spec, tasks), slot)
+    if task is not None:
+        filled = filled.get(task)
+    if filled is None:
+        where = f"shapers of task {task!r}" if task else slot
+        raise MissingKey(f"method {spec!r} leaves the slot {where} empty")
+    return filled
+
+
+def _call(spec: Mapping[str, Any], tasks: Sequence[Task]) -> Method:
+    name = spec["name"]
+    options = {key: value for key, value in spec.items() if key != "name"}
+    factory = find("methods", name)
+    try:
+        inspect.signature(factory).bind(tasks, **options)
+    except TypeError as error:
+        takes = [p for p in inspect.signature(factory).parameters][1:]
+        raise TypeError(f"method {name!r}: {error}; its options are: {_listed(takes)}") from error
+    method = factory(tasks, **options)
+    if not isinstance(method, Method):
+        raise TypeError(f"the entry point {name!r} returned {type(method).__name__}, expected a Method")
+    return method
+
+
+def _found(group: str) -> dict[str, list[EntryPoint]]:
+    if group not in _HOMES:
+        raise ValueError(f"the groups are: {_listed(_HOMES)}; not {group!r}")
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=f"sidetask.{group}"):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _only(group: str, name: str, points: Sequence[EntryPoint]) -> EntryPoint:
+    claims = sorted({(_distribution(point), point.value) for point in points})
+    if len(claims) > 1:
+        who = " and ".join(f"{distribution} ({value})" for distribution, value in claims)
+        raise ValueError(f"the {group.removesuffix('s')} {name!r} is claimed by {who}; uninstall one of them")
+    return points[0]
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.value

@@ -1,0 +1,138 @@
+"""What one step knows, computed when it is first read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sidetask_core import parallel
+from sidetask_core.passes import Passes
+from sidetask_core.task import MissingKey, Task, _listed
+
+Place = Literal["features", "parameters"]
+
+
+class Overflow(ArithmeticError):
+    """Gradients left the range of float16 under a GradScaler; the step is filled so that the scaler skips it."""
+
+
+class Signals:
+    """The losses and gradients of one step, as a rule sees them: lazy, cached, detached, global.
+
+    Reading is asking. A rule that reads only `losses` costs one plain backward pass. One that reads `norms`, `gramian`
+    or `gradients` at ``"features"`` costs one still, because every head is traversed once in any case. At
+    ``"parameters"`` each task costs one pass over the encoder, and those passes serve the step's own gradient too.
+
+    Everything is averaged over processes, so that all of them see the same values; `gradients` and `features` at
+    ``"features"`` are the exception, for features belong to samples and stay where the samples are. Under several
+    processes, never branch on those: every process must read the same signals in the same order.
+
+    Attributes:
+        tasks: the names of the T tasks, the order of every vector here.
+        primary: ``[T]`` booleans, False for auxiliary tasks.
+        losses: ``[T]`` masked means (after shapers), 0 for a task without a label.
+        iteration: index of this step since training began.
+        epoch: the epoch the training loop set on the step.
+    """
+
+    def __init__(self, tasks: Sequence[Task], passes: Passes, iteration: int, epoch: int) -> None:
+        self.tasks = tuple(task.name for task in tasks)
+        self.primary = torch.tensor([task.primary for task in tasks])
+        self.iteration = iteration
+        self.epoch = epoch
+        self._tasks = tuple(tasks)
+        self._passes = passes
+        self._gramians: dict[str, Tensor] = {}
+        losses = passes.losses
+        self.losses = parallel.add(torch.stack([loss.detach().to(losses[0]) for loss in losses]))
+
+    def elements(self, task: str) -> tuple[Tensor, Tensor]:
+        """Element losses of one task before shaping ``[N, *]`` and the mask of labelled ones; of this process.
+
+        Raises:
+            ValueError: if the task's loss is a scalar, or the batch has no label for it.
+        """
+        if task not in self.tasks:
+            raise MissingKey(f"there is no task {task!r}; the tasks are: {_listed(self.tasks)}")
+        found = self._passes.elements[self.tasks.index(task)]
+        if found is None:
+            raise ValueError(f"task {task!r} has no label in this batch, so there are no element losses")
+        losses, mask = found
+        if losses.ndim == 0:
+            raise ValueError(
+                f"the element losses of task {task!r} were asked for, but its loss returned a scalar; "
+                "use reduction='none'"
+            )
+        return losses, torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+
+    def norms(self, at: Place) -> Tensor:
+        """Norm of every task's gradient ``[T]``, at the shared features or over the shared parameters."""
+        if at in self._gramians:
+            return self._gramians[at].diagonal().sqrt()
+        if _place(at) == "parameters":
+            return self._finite(torch.linalg.vector_norm(self.gradients(at), dim=1))
+        squares = torch.zeros_like(self.losses)
+        for domain in self._passes.domains:
+            self._need_features(domain.cut.below)
+            norms = torch.linalg.vector_norm(self._passes.feature_gradients(domain), dim=1)
+            squares[domain.tasks] = norms.square().to(squares)
+        return self._finite(parallel.add(squares).sqrt())
+
+    def gramian(self, at: Place) -> Tensor:
+        """Inner products of the tasks' gradients ``[T, T]``, at the shared features or over the shared parameters.
+
+        Raises:
+            ValueError: at features, if tasks have different inputs and hence different features.
+        """
+        if _place(at) not in self._gramians:
+            gradients = self.gradients(at)
+            gramian = gradients @ gradients.T
+            self._gramians[at] = self._finite(parallel.add(gramian) if at == "features" else gramian)
+        return self._gramians[at]
+
+    def gradients(self, at: Place) -> Tensor:
+        """Every task's gradient ``[T, D]``: over the flattened shared parameters, or at the flattened shared features
+        of this process's samples.
+
+        Raises:
+            ValueError: at features, if tasks have different inputs and hence different features.
+        """
+        if _place(at) == "parameters":
+            if not self._passes.shared:
+                raise ValueError("parameter gradients were asked for, but the encoder has nothing to train")
+            return self._passes.parameter_gradients()[0]
+        self._one_domain()
+        return self._passes.feature_gradients(self._passes.domains[0])
+
+    def features(self) -> list[Tensor]:
+        """The shared features, detached: the tensors that `gradients("features")` flattens and joins, in order."""
+        self._one_domain()
+        return [tensor.detach() for tensor in self._passes.domains[0].cut.below]
+
+    def _one_domain(self) -> None:
+        domains = self._passes.domains
+        if len(domains) > 1:
+            inputs = {task.name: task.input for task in self._tasks}
+            raise ValueError(
+                "gradients at the features cannot be compared between tasks with different inputs "
+                f"({inputs}); read them at 'parameters'"
+            )
+        self._need_features(domains[0].cut.below)
+
+    def _need_features(self, features: Sequence[Any]) -> None:
+        if not features:
+            raise ValueError("gradients at the features were asked for, but the encoder has nothing to train")
+
+    def _finite(self, value: Tensor) -> Tensor:
+        if self._passes.scaled and not value.isfinite().all():
+            raise Overflow
+        return value
+
+
+def _place(at: str) -> str:
+    if at not in ("features", "parameters"):
+        raise ValueError(f"gradients are looked at 'features' or 'parameters', not {at!r}")
+    return at

@@ -1,0 +1,235 @@
+"""A training step: forward, weights, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sidetask_core.combine import Combined, Weights, accumulate, combine
+from sidetask_core.method import Combiner, Method, Rule, Weighting
+from sidetask_core.passes import Passes
+from sidetask_core.signals import Overflow, Signals
+from sidetask_core.split import SplitModel
+from sidetask_core.task import Batch, Task, _listed, check_tasks
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A task's loss is NaN or infinite. `tasks` and `iteration` say which and when."""
+
+    def __init__(self, tasks: Sequence[str], iteration: int) -> None:
+        self.tasks, self.iteration = tuple(tasks), iteration
+        plural = "losses of tasks" if len(self.tasks) > 1 else "loss of task"
+        super().__init__(f"non-finite {plural} {', '.join(map(repr, self.tasks))} at iteration {iteration}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step did, as detached 0-dim tensors by task name.
+
+    Attributes:
+        losses: masked means over all processes.
+        decoder_weights: weights of the task-specific gradients.
+        encoder_weights: weights of the shared gradients; empty under a Combiner, which has none. NaN in a step
+            that a GradScaler is going to skip.
+    """
+
+    losses: dict[str, Tensor]
+    decoder_weights: dict[str, Tensor]
+    encoder_weights: dict[str, Tensor]
+
+
+class Step(nn.Module):
+    """Fills `.grad` of a multi-task model as a method says, at the cost of one plain backward pass where it can.
+
+    The caller owns `zero_grad`, clipping, `optimizer.step` and schedules, as with ``loss.backward()``; gradients
+    accumulate. `step.model` and `step.tasks` are what the method's augment made of the given ones;
+    `step.parameters()` are the model's and those of rules that the caller's optimizer trains. `step.state_dict()`
+    holds model, rules, their optimizers and random generators, and restores a run that continues bit for bit.
+
+    Under `torch.distributed` every process gives its part of the batch and gets the gradient of the whole: wrap
+    nothing in DistributedDataParallel. Start from `sidetask_core.parallel.broadcast(step)`.
+
+    Args:
+        model: the network.
+        tasks: what it learns; each has a head of its name.
+        method: how the tasks are weighted; default is the plain sum of losses.
+        check: ``"immediate"`` looks at every loss before any `.grad` changes, at the price of waiting once for
+            the device. ``"deferred"`` looks at the previous step's losses, which costs no waiting and raises one
+            step late.
+
+    Raises:
+        MissingKey: for a task without a head.
+        ValueError: for duplicate tasks, a head without a task, a shaper of an unknown task, or rules made
+            for other tasks.
+
+    >>> model = SplitModel(nn.Linear(2, 3), {"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})
+    >>> tasks = [Task(name, loss=lambda p, y: (p - y) ** 2) for name in ("a", "b")]
+    >>> step = Step(model, tasks)
+    >>> x, y = torch.randn(4, 2), torch.randn(4, 1)
+    >>> report = step.backward(Batch(x, {"a": y, "b": y}))
+    >>> sorted(report.losses), report.encoder_weights["a"].item()
+    (['a', 'b'], 1.0)
+    """
+
+    def __init__(
+        self,
+        model: SplitModel,
+        tasks: Sequence[Task],
+        method: Method | None = None,
+        *,
+        check: Literal["immediate", "deferred"] = "immediate",
+    ) -> None:
+        super().__init__()
+        if check not in ("immediate", "deferred"):
+            raise ValueError(f"check must be 'immediate' or 'deferred', not {check!r}")
+        method = Method() if method is None else method
+        tasks = check_tasks(tasks)
+        for task in tasks:
+            model.check_head(task.name)
+        if method.augment is not None:
+            model, tasks = method.augment(model, tasks)
+            tasks = check_tasks(tasks)
+            for task in tasks:
+                model.check_head(task.name)
+        names = tuple(task.name for task in tasks)
+        idle = [name for name in model.heads if name not in names]
+        if idle:
+            raise ValueError(
+                f"the model has a head without a task: {_listed(idle)}; the tasks are: {_listed(names)} "
+                "(model.restricted_to(tasks) drops such heads)"
+            )
+        for name in method.shapers:
+            if name not in names:
+                raise ValueError(f"there is a shaper for {name!r}, but the tasks are: {_listed(names)}")
+        for slot, rule in (("encoder", method.encoder), ("decoder", method.decoder)):
+            if rule is not None and rule.tasks != names:
+                raise ValueError(
+                    f"the {slot} rule {type(rule).__name__} was made for tasks {_listed(rule.tasks)}, "
+                    f"but the step's tasks are {_listed(names)}, in this order"
+                )
+        self.model = model
+        self.tasks = tasks
+        self.augment = method.augment
+        self.shapers = nn.ModuleDict(method.shapers)
+        self.encoder = method.encoder
+        self.decoder = method.decoder
+        self.check = check
+        self.iteration = 0
+        self.epoch = 0
+        self._unchecked: tuple[Tensor, int] | None = None
+
+    def rules(self) -> Iterator[Rule]:
+        """The encoder's and the decoder's rule, once if they are the same, none for an empty slot."""
+        yield from dict.fromkeys(rule for rule in (self.encoder, self.decoder) if rule is not None)
+
+    def rule_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of rules that the caller's optimizer trains; usually without weight decay."""
+        for rule in self.rules():
+            yield from rule.parameters()
+
+    def export(self) -> SplitModel:
+        """The network of the primary tasks, nothing else; modules are shared with this step's model."""
+        return self.model.restricted_to([task.name for task in self.tasks if task.primary])
+
+    def backward(self, batch: Batch, *, scaler: torch.amp.GradScaler | None = None) -> Report:
+        """Run the model on a batch and add every parameter's gradient to its `.grad`.
+
+        Args:
+            batch: inputs and labels of this process.
+            scaler: as in ``scaler.scale(loss).backward()``: gradients come out scaled, for
+                ``scaler.step(optimizer)``; rules see unscaled signals.
+
+        Call it under `torch.autocast` for mixed precision; the backward passes and rules leave it themselves.
+
+        Raises:
+            NonFiniteLoss: before any `.grad` changes (one step late with ``check="deferred"``).
+            MissingKey: for a task whose input or target the batch lacks.
+        """
+        with torch.enable_grad():
+            passes = Passes(self.model, self.tasks, batch, self.shapers, scaler)
+        with torch.autocast(passes.losses[0].device.type, enabled=False), torch.no_grad():
+            signals = Signals(self.tasks, passes, self.iteration, self.epoch)
+            self._check_finite(signals.losses)
+            try:
+                weights = self._weigh(signals)
+                rule_gradients = self._rule_gradients(signals)
+            except Overflow:
+                # NaN reaches every gradient, so that the scaler skips the step and lowers its scale.
+                nan = torch.full_like(signals.losses, torch.nan)
+                weights, rule_gradients = Weights(nan, nan, None), {}
+            for parameter, gradient in rule_gradients.items():
+                rule_gradients[parameter] = gradient * passes.scale.to(gradient)
+            accumulate(rule_gradients | combine(passes, weights))
+        self.iteration += 1
+        return Report(
+            losses=self._by_name(signals.losses),
+            decoder_weights=self._by_name(weights.decoder),
+            encoder_weights={} if weights.encoder is None else self._by_name(weights.encoder),
+        )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Iteration and epoch; the rest of the state is in the submodules."""
+        return {"iteration": self.iteration, "epoch": self.epoch}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on counting where a saved step stopped."""
+        self.iteration, self.epoch = int(state["iteration"]), int(state["epoch"])
+
+    def _by_name(self, values: Tensor) -> dict[str, Tensor]:
+        return {task.name: value for task, value in zip(self.tasks, values.detach().unbind(), strict=True)}
+
+    def _check_finite(self, losses: Tensor) -> None:
+        pending: tuple[Tensor, int] | None = (losses, self.iteration)
+        if self.check == "deferred":
+            pending, self._unchecked = self._unchecked, pending
+        if pending is not None and not pending[0].isfinite().all():
+            fine = pending[0].isfinite().tolist()
+            names = [task.name for task, ok in zip(self.tasks, fine, strict=True) if not ok]
+            raise NonFiniteLoss(names, pending[1])
+
+    def _weigh(self, signals: Signals) -> Weights:
+        encoder: Tensor | None = torch.ones_like(signals.losses)
+        combined: Combined | None = None
+        if isinstance(self.encoder, Combiner):
+            encoder, combined = None, self._combined(self.encoder, signals)
+        elif self.encoder is not None:
+            encoder = self._weights_of(self.encoder, signals)
+        if self.decoder is None or self.decoder is self.encoder:
+            decoder = torch.ones_like(signals.losses) if encoder is None else encoder
+        else:
+            decoder = self._weights_of(self.decoder, signals)
+        return Weights(encoder, decoder, combined)
+
+    def _weights_of(self, rule: Weighting, signals: Signals) -> Tensor:
+        weights = rule(signals).detach()
+        if weights.shape != signals.losses.shape:
+            raise ValueError(
+                f"{type(rule).__name__} returned weights of shape {list(weights.shape)}, expected "
+                f"[{len(self.tasks)}], one for each of the tasks: {_listed(signals.tasks)}"
+            )
+        return weights.to(signals.losses)
+
+    def _combined(self, rule: Combiner, signals: Signals) -> Combined:
+        gradient = rule(signals).detach()
+        expected = signals.gradients(rule.at).shape[1]
+        if gradient.shape != (expected,):
+            raise ValueError(
+                f"{type(rule).__name__} returned a gradient of shape {list(gradient.shape)}, expected "
+                f"[{expected}], the size of the shared {rule.at}"
+            )
+        return Combined(gradient, rule.at)
+
+    def _rule_gradients(self, signals: Signals) -> dict[nn.Parameter, Tensor]:
+        gradients: dict[nn.Parameter, Tensor] = {}
+        for rule in self.rules():
+            parameters = [p for p in rule.parameters() if p.requires_grad]
+            with torch.enable_grad():
+                objective = rule.objective(signals)
+            if objective is not None and parameters:
+                found = torch.autograd.grad(objective, parameters, allow_unused=True)
+                gradients |= {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+        return gradients

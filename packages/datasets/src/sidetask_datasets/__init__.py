@@ -1,0 +1,22 @@
+"""Datasets for sidetask: tasks with losses and metrics, and splits whose batches are made on the device."""
+
+# First, because torchmetrics, which everything below needs, imports torchvision.
+from sidetask_datasets import _torchvision  # noqa: F401
+from sidetask_datasets.augment import Augmentation
+from sidetask_datasets.columns import Column
+from sidetask_datasets.dataset import Dataset
+from sidetask_datasets.digits import digits
+from sidetask_datasets.split import ResidentSplit, Split
+from sidetask_datasets.view import View, gallery, palette
+
+__all__ = [
+    "Augmentation",
+    "Column",
+    "Dataset",
+    "ResidentSplit",
+    "Split",
+    "View",
+    "digits",
+    "gallery",
+    "palette",
+]

@@ -1,0 +1,130 @@
+"""Compact storage of one input or target for every sample, and what a batch sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Kind = Literal["image", "classes", "depth", "normals", "edges", "label"]
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One input or target of every sample: few bytes at rest, what losses expect when read.
+
+    ========= ========================================== =====================================================
+    kind      stored                                     in a batch
+    ========= ========================================== =====================================================
+    image     uint8 ``[N, C, H, W]``                     float32 ``[n, C, H, W]``: (value / 255 − mean) / std
+    classes   uint8 ``[N, H, W]``, 255 unlabelled        int64 ``[n, H, W]``, −1 unlabelled
+    depth     16 bit ``[N, H, W]``, mm, 0 unlabelled     float32 ``[n, 1, H, W]``, metres, 0 unlabelled
+    normals   int8 or int16 ``[N, 3, H, W]``, any scale  float32 ``[n, 3, H, W]``, unit or 0 = unlabelled
+    edges     uint8 ``[N, H, W]``, 255 unlabelled        int64 ``[n, 1, H, W]``: 1, 0, or −1 unlabelled
+    label     int16 ``[N]``, negative unlabelled         int64 ``[n]``
+    ========= ========================================== =====================================================
+
+    Depth is held in an int16 tensor as the bits of an unsigned number (0 to 65.535 m): torch has few
+    operations for uint16.
+
+    Args:
+        data: the stored tensor.
+        kind: a row of the table.
+        mean, std: of an image, one number per channel, after division by 255; 0 and 1 if empty.
+
+    Raises:
+        ValueError: for an unknown kind, or a tensor that does not have the kind's dimensions and type.
+
+    >>> depth = Column(torch.tensor([[[1500, 0]]], dtype=torch.int16), "depth")
+    >>> depth.read(torch.tensor([0]))
+    tensor([[[[1.5000, 0.0000]]]])
+    """
+
+    data: Tensor
+    kind: Kind
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"a column's kind is one of {', '.join(get_args(Kind))}, not {self.kind!r}")
+        ndim, dtypes = _STORED[self.kind]
+        if self.data.ndim != ndim or self.data.dtype not in dtypes:
+            wanted = " or ".join(str(dtype) for dtype in dtypes)
+            raise ValueError(
+                f"a column of {self.kind} is stored as {wanted} with {ndim} dimensions, "
+                f"found {self.data.dtype} {list(self.data.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at rest."""
+        return self.data.numel() * self.data.element_size()
+
+    def to(self, device: torch.device | str) -> Column:
+        """The same column on `device`."""
+        return replace(self, data=self.data.to(device))
+
+    def read(self, ids: Tensor) -> Tensor:
+        """The samples `ids` (``[n]``, on the column's device) as a batch has them."""
+        rows = self.data.index_select(0, ids)
+        match self.kind:
+            case "image":
+                return standardise(rows, self.mean, self.std)
+            case "classes":
+                return _signed(rows)
+            case "edges":
+                return _signed(rows).unsqueeze(1)
+            case "depth":
+                return (rows.to(torch.int32) & 0xFFFF).to(torch.float32).unsqueeze(1).mul_(0.001)
+            case "normals":
+                return unit(rows.to(torch.float32))
+            case "label":
+                return rows.to(torch.int64)
+
+
+_STORED: dict[str, tuple[int, tuple[torch.dtype, ...]]] = {
+    "image": (4, (torch.uint8,)),
+    "classes": (3, (torch.uint8,)),
+    "depth": (3, (torch.int16,)),
+    "normals": (4, (torch.int8, torch.int16)),
+    "edges": (3, (torch.uint8,)),
+    "label": (1, (torch.int16,)),
+}
+
+
+def standardise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 ``[..., C, H, W]`` to float32 (value / 255 − mean) / std."""
+    scaled = image.to(torch.float32).div_(255.0)
+    if not mean and not std:
+        return scaled
+    channels = image.shape[-3]
+    shift = scaled.new_tensor(mean or (0.0,) * channels).view(-1, 1, 1)
+    scale = scaled.new_tensor(std or (1.0,) * channels).view(-1, 1, 1)
+    return scaled.sub_(shift).div_(scale)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """``[n, 3, H, W]`` at length 1; the zero vector, which means unlabelled, stays zero."""
+    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def pack_depth(metres: Tensor) -> Tensor:
+    """Depth ``[N, H, W]`` in metres as a column stores it: whole millimetres, at most 65.535 m."""
+    return (metres * 1000.0).round().clamp(0, 65535).to(torch.int32).to(torch.int16)
+
+
+def pack_normals(vectors: Tensor) -> Tensor:
+    """Unit vectors ``[N, 3, H, W]`` as int16: direction to 0.003°."""
+    return (vectors * 32767.0).round().to(torch.int16)
+
+
+def _signed(rows: Tensor) -> Tensor:
+    wide = rows.to(torch.int64)
+    return torch.where(wide == 255, -1, wide)

@@ -1,0 +1,98 @@
+"""Element losses of the usual tasks, unreduced, in single precision whatever the prediction's.
+
+Each takes a prediction ``[N, C, *]`` and the target as a batch has it, and leaves unlabelled elements to the
+task's `valid`, which is the mask function beside it here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def labelled(target: Tensor) -> Tensor:
+    """Which class or edge labels count: those that are not negative."""
+    return target >= 0
+
+
+def positive(target: Tensor) -> Tensor:
+    """Which depths count: those above 0."""
+    return target > 0
+
+
+def nonzero(target: Tensor) -> Tensor:
+    """Which normals count, ``[N, 1, H, W]``: those that are not the zero vector."""
+    return (target != 0).any(dim=1, keepdim=True)
+
+
+def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of every pixel or sample.
+
+    Args:
+        prediction: logits ``[N, C, *]``.
+        target: class ids ``[N, *]``; negative ones are unlabelled and give 0.
+
+    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -1]))
+    tensor([1.3863, 0.0000])
+    """
+    target = torch.where(target < 0, -1, target)
+    return functional.cross_entropy(prediction.float(), target, ignore_index=-1, reduction="none")
+
+
+def absolute(prediction: Tensor, target: Tensor) -> Tensor:
+    """L1, in the target's unit: depth ``[N, 1, H, W]`` in metres."""
+    _same_shape(prediction, target)
+    return (prediction.float() - target).abs()
+
+
+def direction(prediction: Tensor, eps: float = 1e-6) -> Tensor:
+    """Vectors ``[N, 3, H, W]`` brought to length 1.
+
+    Args:
+        prediction: of any length.
+        eps: added to the squared length, so that the gradient stays below 1/√eps where the prediction is zero.
+    """
+    vectors = prediction.float()
+    return vectors * (vectors.square().sum(dim=1, keepdim=True) + eps).rsqrt()
+
+
+def normals_cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 − cosine of the angle, ``[N, 1, H, W]`` (MTAN)."""
+    _same_shape(prediction, target)
+    return 1.0 - (direction(prediction) * target).sum(dim=1, keepdim=True)
+
+
+def normals_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    """L1 distance of the unit vectors, ``[N, 1, H, W]``: summed over the three components (Auto-λ)."""
+    _same_shape(prediction, target)
+    return (direction(prediction) - target).abs().sum(dim=1, keepdim=True)
+
+
+def normals_elements(prediction: Tensor, target: Tensor) -> Tensor:
+    """L1 of every component, ``[N, 3, H, W]``: a third of `normals_l1` on average."""
+    _same_shape(prediction, target)
+    return (direction(prediction) - target).abs()
+
+
+NORMALS = {"cosine": normals_cosine, "l1": normals_l1, "elements": normals_elements}
+
+
+def balanced_edges(prediction: Tensor, target: Tensor, positive_weight: float = 0.95) -> Tensor:
+    """Binary cross-entropy ``[N, 1, H, W]`` with edges, which are few, weighted up.
+
+    Args:
+        prediction: logits.
+        target: 1 edge, 0 none.
+        positive_weight: of an edge pixel; the others weigh 1 minus it. 0.95 in the PASCAL-Context protocol.
+    """
+    _same_shape(prediction, target)
+    truth = (target > 0).float()
+    weight = truth * (2.0 * positive_weight - 1.0) + (1.0 - positive_weight)
+    return weight * functional.binary_cross_entropy_with_logits(prediction.float(), truth, reduction="none")
+
+
+def _same_shape(prediction: Tensor, target: Tensor) -> None:
+    # Broadcasting would silently compare every pixel with a row or a sample of another.
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {list(prediction.shape)} and target {list(target.shape)} differ in shape")

@@ -1,0 +1,181 @@
+"""Splits: samples on the device, dealt out in seeded batches that can be resumed and shared among processes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sidetask_core import Batch
+from sidetask_datasets import draws
+from sidetask_datasets.augment import Augmentation
+from sidetask_datasets.columns import Column
+
+
+class Split(ABC):
+    """Samples that come in batches, made where they are used.
+
+    What a batch holds depends on the seed, the epoch and its sample ids alone. So `start` resumes an epoch exactly,
+    ranks share a batch without speaking to each other, and a sample is augmented alike in every batch size.
+    Here are order, slices and resumption; a subclass says how many samples there are and how they are made.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples in an epoch."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where batches appear."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Split:
+        """The same samples on `device`."""
+
+    @abstractmethod
+    def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
+        """The samples `ids` (``[n]`` int64 on the split's device), augmented for this seed and epoch if asked."""
+
+    def __getitem__(self, indices: int | slice | Sequence[int] | Tensor) -> Batch:
+        """Unaugmented samples, as a batch (of one, for a single index).
+
+        Raises:
+            IndexError: naming the first index that is out of range.
+        """
+        if isinstance(indices, slice):
+            indices = range(*indices.indices(len(self)))
+        ids = torch.as_tensor([indices] if isinstance(indices, int) else indices, dtype=torch.int64).cpu()
+        outside = ids[(ids < -len(self)) | (ids >= len(self))]
+        if outside.numel():
+            raise IndexError(f"sample {int(outside[0])} is out of range for a split of {len(self)} samples")
+        return self.make((ids % max(len(self), 1)).to(self.device), seed=0, epoch=0, augment=False)
+
+    def count(self, batch_size: int, *, drop_last: bool = True) -> int:
+        """Number of batches in an epoch.
+
+        Raises:
+            ValueError: if there would be none.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, found {batch_size}")
+        number = len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+        if number == 0:
+            raise ValueError(
+                f"a split of {len(self)} samples has no batch of {batch_size}; "
+                "use a smaller batch_size or drop_last=False"
+            )
+        return number
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        shuffle: bool = True,
+        augment: bool = True,
+        drop_last: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+    ) -> Iterator[Batch]:
+        """The batches of one epoch, on the split's device.
+
+        Args:
+            batch_size: samples of a global batch, that is over all ranks together.
+            seed: what order and augmentation depend on.
+            epoch: the same; counts from 0.
+            shuffle: False deals the samples in their own order.
+            augment: False leaves samples as they are, as does a split that has no augmentation.
+            drop_last: leave out a last batch that is not full.
+            rank: this process gets the rank-th of `world` equal, consecutive slices of every batch. A last batch that
+                is not full is sliced as evenly as it can be and may leave a rank without a share: that rank then
+                gets one batch fewer, so keep drop_last in training under several processes.
+            world: number of processes.
+            start: skip so many batches; what follows is what an uninterrupted epoch would have given.
+
+        Raises:
+            ValueError: if a batch cannot be shared equally, a rank or start does not exist, or there is no batch.
+        """
+        number = self.count(batch_size, drop_last=drop_last)
+        if world < 1 or not 0 <= rank < world:
+            raise ValueError(f"rank is between 0 and world - 1, found rank {rank} of world {world}")
+        if batch_size % world:
+            raise ValueError(f"a batch of {batch_size} samples cannot be shared equally by {world} processes")
+        if not 0 <= start <= number:
+            raise ValueError(f"start is between 0 and the epoch's {number} batches, found {start}")
+
+        def deal() -> Iterator[Batch]:
+            order = torch.arange(len(self), device=self.device)
+            if shuffle:
+                order = draws.permutation(draws.key(seed, "order", epoch), len(self), self.device)
+            for index in range(start, number):
+                ids = order[index * batch_size : (index + 1) * batch_size]
+                share = ids[len(ids) * rank // world : len(ids) * (rank + 1) // world]
+                if len(share):
+                    yield self.make(share, seed=seed, epoch=epoch, augment=augment)
+
+        return deal()
+
+
+class ResidentSplit(Split):
+    """A split whose samples all live on the device, in compact form.
+
+    Args:
+        inputs: what the encoder sees.
+        targets: target name to labels; as many samples each as `inputs`.
+        augmentation: what `batches` does to samples when asked; None: nothing.
+
+    Raises:
+        ValueError: if a column has another number of samples, or there is no sample.
+
+    >>> split = ResidentSplit(
+    ...     Column(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), "image"),
+    ...     {"digit": Column(torch.arange(5, dtype=torch.int16), "label")},
+    ... )
+    >>> [batch.targets["digit"].tolist() for batch in split.batches(2, shuffle=False)]
+    [[0, 1], [2, 3]]
+    >>> sum(len(batch.inputs) for batch in split.batches(2, drop_last=False))
+    5
+    """
+
+    def __init__(self, inputs: Column, targets: Mapping[str, Column], augmentation: Augmentation | None = None) -> None:
+        for name, column in targets.items():
+            if len(column) != len(inputs):
+                raise ValueError(f"target {name!r} has {len(column)} samples, the inputs have {len(inputs)}")
+        if not len(inputs):
+            raise ValueError("a split needs at least one sample, found none")
+        self.inputs = inputs
+        self.targets = dict(targets)
+        self.augmentation = augmentation
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples live."""
+        return self.inputs.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at rest of all samples together."""
+        return self.inputs.nbytes + sum(column.nbytes for column in self.targets.values())
+
+    def to(self, device: torch.device | str) -> ResidentSplit:
+        """The same samples on `device`."""
+        targets = {name: column.to(device) for name, column in self.targets.items()}
+        return ResidentSplit(self.inputs.to(device), targets, self.augmentation)
+
+    def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
+        """The samples `ids`, read and augmented on the device."""
+        inputs = self.inputs.read(ids)
+        targets = {name: column.read(ids) for name, column in self.targets.items()}
+        if augment and self.augmentation is not None:
+            kinds = {name: column.kind for name, column in self.targets.items()}
+            numbers = draws.uniform(draws.key(seed, "augment", epoch), ids, self.augmentation.draws)
+            inputs, targets = self.augmentation(inputs, targets, kinds, numbers)
+        return Batch(inputs, targets)

@@ -1,0 +1,82 @@
+"""The usual tasks, with the losses, masks and metrics of the dense multi-task benchmarks."""
+
+from __future__ import annotations
+
+from sidetask_core import Task
+from sidetask_datasets import losses, metrics
+
+
+def segmentation(name: str, classes: int, primary: bool = True) -> Task:
+    """A class per pixel: cross-entropy; mean IoU and pixel accuracy in [0, 1]."""
+    return Task(
+        name,
+        loss=losses.cross_entropy,
+        valid=losses.labelled,
+        metrics={"mIoU": metrics.MeanIoU(classes), "accuracy": metrics.accuracy(classes)},
+        primary=primary,
+    )
+
+
+def classification(name: str, classes: int, primary: bool = True) -> Task:
+    """A class per image: cross-entropy; accuracy in [0, 1]."""
+    return Task(
+        name,
+        loss=losses.cross_entropy,
+        valid=losses.labelled,
+        metrics={"accuracy": metrics.accuracy(classes)},
+        primary=primary,
+    )
+
+
+def depth(name: str = "depth", primary: bool = True) -> Task:
+    """Depth in metres: L1; mean absolute error, relative error and root mean square error."""
+    return Task(
+        name,
+        loss=losses.absolute,
+        valid=losses.positive,
+        metrics={
+            "absolute": metrics.DepthError("absolute"),
+            "relative": metrics.DepthError("relative"),
+            "rmse": metrics.DepthError("rmse"),
+        },
+        primary=primary,
+    )
+
+
+def normals(name: str = "normals", primary: bool = True, loss: str = "cosine") -> Task:
+    """Surface normals: mean and median angle in degrees, share within 11.25°, 22.5° and 30°.
+
+    Args:
+        name: of the task.
+        primary: whether it is wanted for itself.
+        loss: "cosine" (MTAN), "l1" (Auto-λ) or "elements", see `losses`.
+
+    Raises:
+        ValueError: for another loss.
+    """
+    if loss not in losses.NORMALS:
+        raise ValueError(f"unknown loss of normals {loss!r}; there are: {', '.join(losses.NORMALS)}")
+    return Task(
+        name,
+        loss=losses.NORMALS[loss],
+        valid=losses.nonzero,
+        metrics={
+            "mean": metrics.MeanAngle(),
+            "median": metrics.MedianAngle(),
+            "within 11.25": metrics.WithinAngle(11.25),
+            "within 22.5": metrics.WithinAngle(22.5),
+            "within 30": metrics.WithinAngle(30.0),
+        },
+        primary=primary,
+    )
+
+
+def edges(name: str = "edges", primary: bool = True) -> Task:
+    """Boundary or not, per pixel: balanced binary cross-entropy; best F-measure in [0, 1]."""
+    return Task(
+        name,
+        loss=losses.balanced_edges,
+        valid=losses.labelled,
+        metrics={"odsF": metrics.EdgeF()},
+        primary=primary,
+    )

@@ -1,0 +1,79 @@
+"""Dynamic weight average: Liu, Johns, Davison, "End-to-end multi-task learning with attention", CVPR 2019."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from sidetask_core import Method, Signals, Task, Weighting
+from torch import Tensor
+
+
+class DWA(Weighting):
+    """Give more weight to tasks whose loss falls slowly.
+
+    With r_t the ratio of a task's mean loss over the last window to that over the window before it, the weights are
+    T · softmax(r / temperature) (Eq. 7); ones during the first two windows. A task without loss in the window
+    before (no label, or a loss of zero) has no ratio and counts as standing still, r = 1.
+
+    Args:
+        tasks: the tasks.
+        window: ``"epoch"`` (the paper), read from ``step.epoch``, which the training loop sets; or a number of steps.
+        temperature: 2 (the paper).
+
+    Raises:
+        ValueError: for a window that is neither, or a temperature that is not positive.
+    """
+
+    sums: Tensor
+    last: Tensor
+    before: Tensor
+
+    def __init__(
+        self, tasks: Sequence[Task], *, window: int | Literal["epoch"] = "epoch", temperature: float = 2.0
+    ) -> None:
+        super().__init__(tasks)
+        if window != "epoch" and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"window must be 'epoch' or a positive number of steps, not {window!r}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, not {temperature}")
+        self.window = window
+        self.temperature = temperature
+        for name in ("sums", "last", "before"):
+            self.register_buffer(name, torch.zeros(len(self.tasks), dtype=torch.float64))
+        self.steps = 0
+        self.closed = 0
+        self.current: int | None = None
+
+    def forward(self, signals: Signals) -> Tensor:
+        """Weights ``[T]`` that sum to T, constant within a window."""
+        now = signals.epoch if self.window == "epoch" else signals.iteration // self.window
+        if self.current is not None and now != self.current:
+            self.before, self.last = self.last, self.sums / self.steps
+            self.sums = torch.zeros_like(self.sums)
+            self.steps = 0
+            self.closed += 1
+        self.current = now
+        self.sums = self.sums.to(signals.losses.device) + signals.losses
+        self.steps += 1
+        if self.closed < 2:
+            return torch.ones_like(signals.losses)
+        ratio = torch.where(self.before > 0, self.last / self.before, 1.0)
+        return len(self.tasks) * (ratio / self.temperature).softmax(dim=0).to(signals.losses)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Where in the windows the rule stands, besides what every rule saves."""
+        return super().get_extra_state() | {"steps": self.steps, "closed": self.closed, "current": self.current}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on where a saved rule stood."""
+        super().set_extra_state(state)
+        self.steps, self.closed, self.current = state["steps"], state["closed"], state["current"]
+
+
+def dwa(
+    tasks: Sequence[Task], *, window: int | Literal["epoch"] = "epoch", temperature: float = 2.0
+) -> Method:
+    """Dynamic weight average above and below the cut."""
+    return Method(encoder=DWA(tasks, window=window, temperature=temperature))

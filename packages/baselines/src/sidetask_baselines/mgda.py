@@ -1,0 +1,66 @@
+"""MGDA: Sener, Koltun, "Multi-task learning as multi-objective optimization", NeurIPS 2018; Désidéri 2012."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sidetask_core import Equal, Method, Signals, Task
+from torch import Tensor
+
+from sidetask_baselines.gramian import GramianWeighting
+from sidetask_baselines.rlw import total_weight
+from sidetask_baselines.simplex import min_norm_weights, vectors
+
+
+class MGDA(GramianWeighting):
+    """Follow the shortest convex combination of the task gradients, which descends on every task.
+
+    The combination is the solution of a quadratic program over the simplex (Eq. 3), found exactly, where the
+    paper's Frank-Wolfe iterations stop short of it.
+
+    Args:
+        tasks: the tasks.
+        at: ``"features"`` (the paper's upper bound, MGDA-UB, one backward pass) or ``"parameters"``.
+        normalization: what gradients are divided by before they are compared: ``"none"`` (the paper), ``"norm"``
+            (their length), ``"loss"`` (the task's loss) or ``"loss+"`` (both), as in the official code. The weights
+            found apply to the gradients as they are.
+        scale: weights sum to T (``"sum"``) or, as in the paper, to 1 (``"paper"``).
+
+    Raises:
+        ValueError: for an unknown place, normalization or scale.
+        SolverFailure: in a step whose gradients are not finite or whose solution misses its KKT conditions.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], *, at: str = "features", normalization: str = "none", scale: str = "sum"
+    ) -> None:
+        super().__init__(tasks, at=at)
+        if normalization not in ("none", "norm", "loss", "loss+"):
+            raise ValueError(f"normalization must be 'none', 'norm', 'loss' or 'loss+', not {normalization!r}")
+        self.normalization = normalization
+        self.total = total_weight(scale, len(self.tasks))
+
+    def forward(self, signals: Signals) -> Tensor:
+        """Weights ``[T]``, at least zero, that sum to T or 1."""
+        gramian = signals.gramian(self.at).to(torch.float64)
+        divisor = torch.ones_like(gramian[0])
+        if self.normalization in ("loss", "loss+"):
+            divisor = signals.losses.to(divisor)
+        if self.normalization in ("norm", "loss+"):
+            divisor = divisor * gramian.diagonal().sqrt()
+        divisor = torch.where(divisor > 0, divisor, 1.0)
+        weights = self.solve((gramian / divisor.outer(divisor)).cpu().numpy())
+        return torch.from_numpy(weights).to(signals.losses)
+
+    def solve(self, gramian: np.ndarray) -> np.ndarray:
+        """Weights ``[T]`` of the shortest combination."""
+        return self.total * min_norm_weights(vectors(gramian))
+
+
+def mgda(
+    tasks: Sequence[Task], *, at: str = "features", normalization: str = "none", scale: str = "sum"
+) -> Method:
+    """MGDA for the shared parameters; task-specific ones keep their own gradients."""
+    return Method(encoder=MGDA(tasks, at=at, normalization=normalization, scale=scale), decoder=Equal(tasks))

@@ -1,0 +1,43 @@
+"""Random loss weighting: Lin, Ye, Zhang, Tsang, "Reasonable effectiveness of random weighting", TMLR 2022."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from sidetask_core import Method, Signals, Task, Weighting
+from torch import Tensor
+
+
+class RLW(Weighting):
+    """Draw new weights in every step: the softmax of independent standard normals (RLW-Normal).
+
+    The paper's weights sum to 1. Here they are scaled to sum to T, so that their mean is one and a learning rate
+    found for equal weighting keeps its meaning; ``scale="paper"`` leaves the paper's scale.
+
+    Args:
+        tasks: the tasks.
+        scale: ``"sum"`` or ``"paper"``.
+        seed: of the rule's generator, whose state is saved with the rule.
+    """
+
+    def __init__(self, tasks: Sequence[Task], *, scale: str = "sum", seed: int = 0) -> None:
+        super().__init__(tasks, seed=seed)
+        self.total = total_weight(scale, len(self.tasks))
+
+    def forward(self, signals: Signals) -> Tensor:
+        """Weights ``[T]``, positive."""
+        drawn = torch.randn(len(self.tasks), generator=self.generator, dtype=torch.float64)
+        return (self.total * drawn.softmax(dim=0)).to(signals.losses, non_blocking=True)
+
+
+def total_weight(scale: str, tasks: int) -> float:
+    """What weights that sum to 1 in their paper sum to here: T for ``"sum"``, 1 for ``"paper"``."""
+    if scale not in ("sum", "paper"):
+        raise ValueError(f"scale must be 'sum' or 'paper', not {scale!r}")
+    return float(tasks) if scale == "sum" else 1.0
+
+
+def rlw(tasks: Sequence[Task], *, scale: str = "sum", seed: int = 0) -> Method:
+    """Random loss weighting above and below the cut."""
+    return Method(encoder=RLW(tasks, scale=scale, seed=seed))

@@ -1,0 +1,328 @@
+"""The checks that every method must pass, for the author of one.
+
+In a pytest file of your package, one line:
+
+    from sidetask_core.testing import conformance
+    from my_package import my_method
+
+    TestMyMethod = conformance(my_method)
+
+`problem` gives the tiny networks these checks run on, and `brute_force` the gradients they compare with.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sidetask_core.method import Combiner, Method
+from sidetask_core.split import SplitModel
+from sidetask_core.step import Report, Step
+from sidetask_core.task import Batch, Task
+
+Factory = Callable[..., Method]
+NAMES = ("a", "b", "c")
+SPLITS = ("shared bottom", "half-shared", "two heads on one branch")
+
+
+def squared(prediction: Tensor, target: Tensor) -> Tensor:
+    """Element losses of the tiny problems."""
+    return (prediction - target).square()
+
+
+def labelled(target: Tensor) -> Tensor:
+    """Labels of the tiny problems are missing where they are NaN."""
+    return ~target.isnan()
+
+
+def tiny_tasks(names: Sequence[str] = NAMES) -> list[Task]:
+    """One regression task for each name, the first of them primary."""
+    return [Task(name, squared, valid=labelled, primary=i == 0) for i, name in enumerate(names)]
+
+
+def problem(
+    split: str = "shared bottom", *, names: Sequence[str] = NAMES, norm: bool = False, dtype: torch.dtype = torch.float64
+) -> SplitModel:
+    """A tiny network, always the same.
+
+    Args:
+        split: one of `SPLITS`.
+        names: the tasks.
+        norm: put a BatchNorm into the shared layers.
+        dtype: of the parameters.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first: list[nn.Module] = [nn.Linear(4, 6), nn.Tanh()]
+        if norm:
+            first.insert(1, nn.BatchNorm1d(6))
+        stages = [nn.Sequential(*first), nn.Sequential(nn.Linear(6, 5), nn.Tanh())]
+        heads = {name: nn.Linear(5, 2) for name in names}
+        if split == "two heads on one branch":
+            other = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
+            route = {name: "both" if i < 2 else "other" for i, name in enumerate(names)}
+            branches = {"both": stages[1]} | ({"other": other} if len(names) > 2 else {})
+            model = SplitModel(stages[0], heads, branches, route)
+        else:
+            model = SplitModel.from_stages(stages, 2 if split == "shared bottom" else 1, heads)
+    return model.to(dtype)
+
+
+def batches(count: int, size: int = 6, *, names: Sequence[str] = NAMES, dtype: torch.dtype = torch.float64) -> list[Batch]:
+    """Random batches, always the same."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return [Batch(draw(size, 4), {name: draw(size, 2) for name in names}) for _ in range(count)]
+
+
+def brute_force(
+    model: SplitModel, tasks: Sequence[Task], batch: Batch, encoder: Sequence[Tensor], decoder: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Gradients by one `torch.autograd.grad` per task over an uncut graph, weighted by hand.
+
+    Args:
+        model: the network.
+        tasks: the tasks, in the order of the weights.
+        batch: what to run it on.
+        encoder: weights of the tasks for shared parameters.
+        decoder: weights of the tasks for their own parameters.
+    """
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    shared = {id(p) for p in model.shared_parameters()}
+    total = {name: torch.zeros_like(p) for name, p in zip(names, parameters, strict=True)}
+    for task, above, below in zip(tasks, encoder, decoder, strict=True):
+        prediction = model(batch.input_of(task))[task.name]
+        loss, _ = task.mean(prediction, batch.target_of(task))
+        for name, p, g in zip(
+            names, parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+        ):
+            if g is not None:
+                total[name] += g * (above if id(p) in shared else below).to(g)
+    return total
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter's `.grad`, zeros where it is None."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
+    }
+
+
+def train(step: Step, data: Sequence[Batch], optimizer: torch.optim.Optimizer | None = None) -> list[Report]:
+    """A plain training loop over `data`, two batches to the epoch."""
+    optimizer = optimizer or torch.optim.SGD(step.parameters(), lr=0.05, momentum=0.9)
+    reports = []
+    for batch in data:
+        step.epoch = step.iteration // 2
+        optimizer.zero_grad()
+        reports.append(step.backward(batch))
+        optimizer.step()
+    return reports
+
+
+def conformance(factory: Factory, *, equivariant: bool = True, **options: Any) -> type:
+    """A class of tests for pytest that hold for every method.
+
+    Args:
+        factory: the method's entry point, ``(tasks, **options) -> Method``; importable by name, since two
+            processes run it too. An augment's further tasks are not supported here.
+        equivariant: whether permuting the tasks permutes the weights; False for rules whose random draws
+            depend on the order of the tasks.
+        options: passed on to `factory`.
+    """
+    build = functools.partial(factory, **options)
+
+    class Conformance(_Conformance):
+        method = staticmethod(build)
+        is_equivariant = equivariant
+
+    Conformance.__name__ = Conformance.__qualname__ = f"Conformance[{getattr(factory, '__name__', factory)}]"
+    return Conformance
+
+
+class _Conformance:
+    """See `conformance`."""
+
+    method: Factory
+    is_equivariant: bool
+
+    def test_gradients_are_the_reported_weights_times_the_task_gradients(self) -> None:
+        for split in SPLITS:
+            tasks, model = tiny_tasks(), problem(split)
+            step = Step(model, tasks, self.method(tasks))
+            for batch in batches(5):
+                step.epoch = step.iteration // 2
+                step.zero_grad()
+                report = step.backward(batch)
+                decoder = list(report.decoder_weights.values())
+                combined = isinstance(step.encoder, Combiner)
+                encoder = decoder if combined else list(report.encoder_weights.values())
+                expected = brute_force(model, tasks, batch, encoder, decoder)
+                for name, found in gradients(model).items():
+                    if not (combined and name.startswith("shared")):
+                        torch.testing.assert_close(found, expected[name], rtol=1e-10, atol=1e-10, msg=f"{split}: {name}")
+
+    def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(self) -> None:
+        data, tasks = batches(8), tiny_tasks()
+
+        def start() -> tuple[Step, torch.optim.Optimizer]:
+            step = Step(problem(norm=True), tasks, self.method(tasks))
+            return step, torch.optim.Adam(step.parameters(), lr=0.01)
+
+        whole, whole_optimizer = start()
+        train(whole, data, whole_optimizer)
+        half, half_optimizer = start()
+        train(half, data[:5], half_optimizer)
+        resumed, resumed_optimizer = start()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "state.pt"
+            torch.save([half.state_dict(), half_optimizer.state_dict()], file)
+            state, optimizer_state = torch.load(file, weights_only=True)
+        resumed.load_state_dict(state)
+        resumed_optimizer.load_state_dict(optimizer_state)
+        train(resumed, data[5:], resumed_optimizer)
+        for name, value in whole.state_dict().items():
+            assert _same(value, resumed.state_dict()[name]), f"{name} differs after resuming"
+
+    def test_state_of_other_tasks_is_refused(self) -> None:
+        tasks = tiny_tasks()
+        state = Step(problem(), tasks, self.method(tasks)).state_dict()
+        other = Step(problem(), tasks[::-1], self.method(tasks[::-1]))
+        if list(other.rules()):
+            try:
+                other.load_state_dict(state)
+            except (ValueError, RuntimeError) as error:
+                assert "a, b, c" in str(error)
+            else:
+                raise AssertionError("the state of tasks in another order was loaded")
+
+    def test_a_task_without_labels_contributes_nothing(self) -> None:
+        tasks, model = tiny_tasks(), problem()
+        step = Step(model, tasks, self.method(tasks))
+        for batch in batches(3):
+            step.zero_grad()
+            absent = torch.full_like(batch.targets["b"], math.nan)
+            report = step.backward(Batch(batch.inputs, {**batch.targets, "b": absent}))
+            assert report.losses["b"] == 0
+            found = gradients(step)
+            assert all(g.isfinite().all() for g in found.values())
+            assert all((g == 0).all() for name, g in found.items() if name.startswith("model.heads.b"))
+
+    def test_extreme_loss_scales_stay_finite(self) -> None:
+        for scale in (1e-6, 1e6):
+            tasks = tiny_tasks()
+            tasks[1] = Task("b", lambda p, y, scale=scale: scale * squared(p, y), valid=labelled, primary=False)
+            step = Step(problem(), tasks, self.method(tasks))
+            for batch in batches(4):
+                step.zero_grad()
+                step.backward(batch)
+                assert all(g.isfinite().all() for g in gradients(step).values())
+
+    def test_batch_statistics_move_once_per_step(self) -> None:
+        tasks, model = tiny_tasks(), problem(norm=True)
+        step = Step(model, tasks, self.method(tasks))
+        norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm1d))
+        for count, batch in enumerate(batches(3), start=1):
+            step.backward(batch)
+            assert norm.num_batches_tracked == count
+
+    def test_permuting_the_tasks_permutes_the_weights(self) -> None:
+        if not self.is_equivariant:
+            return
+        order = [2, 0, 1]
+        tasks = tiny_tasks()
+        permuted = [tasks[i] for i in order]
+        steps = [Step(problem(), some, self.method(some)) for some in (tasks, permuted)]
+        for batch in batches(5):
+            for step in steps:
+                step.epoch = step.iteration // 2
+                step.zero_grad()
+                step.backward(batch)
+            first, second = (gradients(step.model) for step in steps)
+            for name, gradient in first.items():
+                torch.testing.assert_close(gradient, second[name], rtol=1e-9, atol=1e-12)
+
+    def test_two_processes_equal_one(self) -> None:
+        whole = _run_share(self.method, 0, 1)
+        halves = in_two_processes(_run_share, self.method)
+        for half in halves:
+            for name, value in whole.items():
+                torch.testing.assert_close(half[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _run_share(build: Factory, rank: int, world: int) -> dict[str, Tensor]:
+    """Train on one process's share of every batch; weights and gradients of every step."""
+    tasks = tiny_tasks()
+    found: dict[str, Tensor] = {}
+    for split in SPLITS:
+        step = Step(problem(split), tasks, build(tasks))
+        share = [
+            Batch(b.inputs[rank::world], {name: y[rank::world] for name, y in b.targets.items()}) for b in batches(5)
+        ]
+        for report in train(step, share):
+            key = f"{split}, iteration {step.iteration}, {len(found)}"
+            found[key] = torch.stack([*report.losses.values(), *report.decoder_weights.values()])
+            if report.encoder_weights:
+                found[f"{key}, encoder"] = torch.stack([*report.encoder_weights.values()])
+        found |= {f"{split}, {name}": g for name, g in gradients(step).items()}
+    return found
+
+
+def in_two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(*arguments, rank, world)`` in each of two gloo processes, which live as long as this one.
+
+    Function and arguments have to be importable by name.
+    """
+    pool = _pair()
+    return [future.result(timeout=300) for future in [pool.submit(_ranked, function, arguments) for _ in range(2)]]
+
+
+@functools.cache
+def _pair() -> ProcessPoolExecutor:
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(2, context, _join, (os.path.join(folder.name, "store"), context.Value("i", 0)))
+
+    def close() -> None:
+        pool.shutdown()
+        folder.cleanup()
+
+    atexit.register(close)
+    return pool
+
+
+def _join(store: str, counter: Any) -> None:
+    with counter.get_lock():
+        rank = counter.value
+        counter.value += 1
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+
+def _ranked(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return function(*arguments, dist.get_rank(), dist.get_world_size())
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)

@@ -1,0 +1,10 @@
+"""Reference networks, each a callable ``(dataset, *, cut=None, **options) -> SplitModel``.
+
+They are the entry points of the group ``sidetask.networks`` that this package brings; another distribution adds its
+own by declaring one.
+"""
+
+from sidetask_bench.networks.convolutional import small
+from sidetask_bench.networks.resnet import deeplabv3
+
+__all__ = ["deeplabv3", "small"]

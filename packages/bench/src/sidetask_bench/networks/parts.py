@@ -1,0 +1,34 @@
+"""What the reference networks have in common: the shape of a dataset's images, convolution blocks, resizing."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from sidetask_datasets import Dataset
+from torch import Tensor, nn
+
+
+def image_shape(dataset: Dataset) -> tuple[int, int, int]:
+    """Channels, height and width of the images of a dataset.
+
+    Raises:
+        ValueError: if the inputs are not images.
+    """
+    shape = dataset.input_shape
+    if len(shape) != 3:
+        raise ValueError(f"dataset {dataset.name!r}: this network reads images [C, H, W], found inputs {list(shape)}")
+    return shape[0], shape[1], shape[2]
+
+
+def convolution(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    """Convolution, batch normalisation, ReLU; without a stride the image keeps its size."""
+    padding = dilation * (kernel // 2)
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation of ``[N, C, h, w]`` to ``size``."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

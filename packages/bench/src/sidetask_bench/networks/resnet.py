@@ -1,0 +1,147 @@
+"""DeepLabV3 on a ResNet at output stride 8, split at any stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from sidetask_core import SplitModel
+from sidetask_datasets import Dataset
+from torch import Tensor, nn
+
+from sidetask_bench.networks.parts import convolution, image_shape, resize
+
+_DEPTHS = {18: "resnet18", 50: "resnet50"}
+_FEATURES = {18: 512, 50: 2048}
+
+
+def deeplabv3(
+    dataset: Dataset,
+    *,
+    cut: int | None = None,
+    depth: int = 50,
+    weights: str | Path | None = None,
+) -> SplitModel:
+    """A ResNet whose last two stages dilate instead of shrinking, with one atrous pyramid head per task.
+
+    The five stages are the stem and ``layer1`` … ``layer4``. Output stride 8 ([Chen et al. 2017](
+    https://arxiv.org/abs/1706.05587)): the strides of ``layer3`` and ``layer4`` become dilations 2 and 4, where the
+    convolution that had the stride keeps the dilation before it. The features at every second and fourth pixel are
+    then those of the plain ResNet, so that its weights fit. Normals come out unnormalised: their loss and metrics
+    normalise.
+
+    Args:
+        dataset: says how large the images are and which heads there are; it must be dense.
+        cut: how many of the five stages are shared: 0 is single-task learning, 3 the half-shared network of the
+            auxiliary-learning literature (stem, ``layer1``, ``layer2``), 5 (the default) the shared bottom.
+        depth: 18 or 50.
+        weights: a local file with the ``state_dict`` of torchvision's ResNet of that depth (its classifier is
+            ignored); None trains from scratch. The weights see the images as the dataset gives them.
+
+    Returns:
+        A model from ``[N, C, H, W]`` to ``[N, outputs, H, W]`` for each task. Training needs batches of at least two
+        images: the head normalises an image-level feature over the batch.
+
+    Raises:
+        ValueError: for a depth other than 18 or 50, an impossible cut, a dataset that is not dense, or weights that
+            do not fit (the error names the keys).
+    """
+    if depth not in _DEPTHS:
+        raise ValueError(f"depth must be one of {', '.join(map(str, _DEPTHS))}, found {depth!r}")
+    if not dataset.dense:
+        raise ValueError(
+            f"deeplabv3 predicts a value per pixel, but dataset {dataset.name!r} has labels per image; use small"
+        )
+    channels, height, width = image_shape(dataset)
+    stages = resnet_stages(depth, channels, weights)
+    heads = {
+        task.name: AtrousHead(_FEATURES[depth], dataset.outputs[task.name], (height, width)) for task in dataset.tasks
+    }
+    return SplitModel.from_stages(stages, len(stages) if cut is None else cut, heads)
+
+
+def resnet_stages(depth: int, channels: int = 3, weights: str | Path | None = None) -> list[nn.Sequential]:
+    """Stem and four layers of a ResNet at output stride 8: maps at 1/4, 1/4, 1/8, 1/8, 1/8 of the image."""
+    import torchvision
+
+    net = getattr(torchvision.models, _DEPTHS[depth])(weights=None)
+    if channels != 3:
+        net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if weights is not None:
+        _load(net, Path(weights))
+    _dilate(net.layer3, 2)
+    _dilate(net.layer4, 4)
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+    return [stem, net.layer1, net.layer2, net.layer3, net.layer4]
+
+
+def _dilate(layer: nn.Module, dilation: int) -> None:
+    """Trade the stride of a layer for a dilation, whichever of its convolutions has the stride."""
+    for conv in layer.modules():
+        if isinstance(conv, nn.Conv2d):
+            own = dilation // 2 if conv.stride == (2, 2) else dilation
+            conv.stride = (1, 1)
+            if conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (own, own)
+
+
+def _load(net: nn.Module, path: Path) -> None:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected a state_dict (names to tensors), found {type(state).__name__}")
+    own = net.state_dict()
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    missing = [name for name in own if name not in state and not name.startswith("fc.")]
+    unknown = [name for name in state if name not in own]
+    misfits = [
+        f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    found = {"missing": missing, "unknown": unknown, "of another shape": misfits}
+    wrong = [f"{len(keys)} {what} ({_few(keys)})" for what, keys in found.items() if keys]
+    if wrong:
+        raise ValueError(f"{path}: the weights do not fit this ResNet: {'; '.join(wrong)}")
+    net.load_state_dict(state, strict=False)
+
+
+def _few(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+
+
+class AtrousHead(nn.Module):
+    """Atrous spatial pyramid pooling, one 3×3 convolution, a linear read-out, and upsampling to the image.
+
+    Five parallel views of the map, 256 channels each: itself (1×1), three 3×3 convolutions at dilations 12, 24, 36, and
+    the image's mean; joined to 256.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: tuple[int, int],
+        *,
+        width: int = 256,
+        rates: tuple[int, ...] = (12, 24, 36),
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.views = nn.ModuleList(
+            [
+                convolution(inputs, width, 1),
+                *(convolution(inputs, width, dilation=rate) for rate in rates),
+            ]
+        )
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *convolution(inputs, width, 1))
+        self.join = convolution(width * (len(rates) + 2), width, 1)
+        self.smooth = convolution(width, width)
+        self.predict = nn.Conv2d(width, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, outputs, H, W]``."""
+        views = [view(x) for view in self.views]
+        views.append(self.pool(x).expand_as(views[0]))
+        x = self.join(torch.cat(views, dim=1))
+        return resize(self.predict(self.smooth(x)), self.size)

@@ -1,0 +1,219 @@
+from types import SimpleNamespace
+
+import pytest
+import sidetask_datasets  # noqa: F401  (lets torchvision be imported beside any torch)
+import torch
+from sidetask_bench.networks import deeplabv3, small
+from sidetask_bench.networks.resnet import AtrousHead, resnet_stages
+from sidetask_core import Batch, Step, Task
+from torch import nn
+
+DENSE = {"segmentation": 13, "depth": 1, "normals": 3}
+LABELS = {"left": 10, "right": 10}
+
+
+def stub(outputs=DENSE, shape=(3, 32, 48), dense=True):
+    """What a network reads of a dataset."""
+    tasks = tuple(Task(name, loss=lambda p, y: (p - y).square()) for name in outputs)
+    return SimpleNamespace(name="stub", tasks=tasks, outputs=outputs, input_shape=shape, dense=dense)
+
+
+def shapes(model, shape, batch=2):
+    model.eval()
+    with torch.no_grad():
+        return {name: tuple(y.shape) for name, y in model(torch.randn(batch, *shape)).items()}
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 48), (3, 33, 47), (1, 48, 64)])
+@pytest.mark.parametrize("cut", [0, 2, None])
+def test_small_predicts_at_the_size_of_the_image(shape, cut):
+    model = small(stub(shape=shape), cut=cut)
+    assert shapes(model, shape) == {name: (2, n, *shape[1:]) for name, n in DENSE.items()}
+
+
+@pytest.mark.parametrize("cut", range(5))
+def test_small_classifies_at_every_cut(cut):
+    model = small(stub(LABELS, (1, 36, 36), dense=False), cut=cut)
+    assert shapes(model, (1, 36, 36)) == {"left": (2, 10), "right": (2, 10)}
+
+
+@pytest.mark.parametrize("cut", range(6))
+def test_deeplab_predicts_at_the_size_of_the_image_at_every_cut(cut):
+    shape = (3, 36, 44)
+    model = deeplabv3(stub(shape=shape), cut=cut, depth=18)
+    assert shapes(model, shape) == {name: (2, n, *shape[1:]) for name, n in DENSE.items()}
+
+
+@pytest.mark.parametrize("make", [small, lambda data, **options: deeplabv3(data, depth=18, **options)])
+def test_cut_moves_parameters_from_shared_to_specific(make):
+    data = stub(shape=(3, 32, 32))
+    stages = 5 if make is not small else 4
+    shared = []
+    for cut in range(stages + 1):
+        model = make(data, cut=cut)
+        shared.append(sum(p.numel() for p in model.shared_parameters()))
+        path = {shared[-1] + sum(p.numel() for p in model.specific_parameters("depth"))}
+        whole = make(data).restricted_to(["depth"])
+        assert path == {sum(p.numel() for p in whole.parameters())}, "the path of one task never changes"
+    assert shared[0] == 0
+    assert shared == sorted(set(shared))
+
+
+@pytest.mark.parametrize("make", [small, lambda data, **options: deeplabv3(data, depth=18, **options)])
+def test_branches_are_separate_copies_of_one_initialisation(make):
+    model = make(stub(shape=(3, 32, 32)), cut=1)
+    first, second = model.branches["depth"].parameters(), model.branches["normals"].parameters()
+    for a, b in zip(first, second, strict=True):
+        assert a is not b
+        assert torch.equal(a, b)
+
+
+def test_cut_0_shares_nothing():
+    model = small(stub(shape=(3, 32, 32)), cut=0)
+    owners = [set(map(id, model.specific_parameters(name))) for name in DENSE]
+    assert not model.shared_parameters()
+    assert sum(map(len, owners)) == len(set.union(*owners)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("cut", [0, 2, None])
+@pytest.mark.parametrize("make", [small, lambda data, **options: deeplabv3(data, depth=18, **options)])
+def test_every_parameter_gets_a_gradient(make, cut):
+    torch.manual_seed(0)
+    data = stub(shape=(3, 32, 32))
+    step = Step(make(data, cut=cut), data.tasks)
+    targets = {name: torch.randn(2, n, 32, 32) for name, n in DENSE.items()}
+    step.backward(Batch(torch.randn(2, 3, 32, 32), targets))
+    silent = [name for name, p in step.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+def test_small_learns_in_a_few_steps():
+    torch.manual_seed(0)
+    data = stub({"depth": 1}, (3, 32, 32))
+    step = Step(small(data), data.tasks)
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1, momentum=0.9)
+    images = nn.functional.interpolate(torch.rand(8, 3, 4, 4), scale_factor=8.0, mode="bilinear")
+    batch = Batch(images, {"depth": images.mean(dim=1, keepdim=True)})
+    seen = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        seen.append(float(step.backward(batch).losses["depth"]))
+        optimizer.step()
+    assert seen[-1] < 0.05 * seen[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    [
+        ({"cut": 5}, (3, 32, 32), "cut must be in 0..4"),
+        ({"widths": []}, (3, 32, 32), "widths and head_width must be positive"),
+        ({}, (3, 12, 32), "12×32 is too small"),
+        ({}, (7,), r"images \[C, H, W\], found inputs \[7\]"),
+    ],
+)
+def test_small_says_what_is_wrong(options, shape, message):
+    with pytest.raises(ValueError, match=message):
+        small(stub(shape=shape), **options)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_resnet_has_output_stride_8(depth):
+    x = torch.randn(1, 3, 64, 96)
+    sizes = []
+    with torch.no_grad():
+        for stage in resnet_stages(depth):
+            x = stage.eval()(x)
+            sizes.append(tuple(x.shape[1:]))
+    wide = 4 if depth == 50 else 1
+    assert sizes == [
+        (64, 16, 24), (64 * wide, 16, 24), (128 * wide, 8, 12), (256 * wide, 8, 12), (512 * wide, 8, 12)
+    ]  # fmt: skip
+
+
+def test_resnet50_dilates_as_the_papers_say():
+    *_, layer3, layer4 = resnet_stages(50)
+    dilations = [[block.conv2.dilation[0] for block in layer] for layer in (layer3, layer4)]
+    assert dilations == [[1, 2, 2, 2, 2, 2], [2, 4, 4]]
+    strides = {conv.stride for layer in (layer3, layer4) for conv in layer.modules() if isinstance(conv, nn.Conv2d)}
+    assert strides == {(1, 1)}
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_dilated_features_contain_those_of_the_plain_resnet(depth):
+    import torchvision
+
+    torch.manual_seed(0)
+    stages = resnet_stages(depth)
+    plain = getattr(torchvision.models, f"resnet{depth}")()
+    for stage, name in zip(stages[1:], ("layer1", "layer2", "layer3", "layer4"), strict=True):
+        getattr(plain, name).load_state_dict(stage.state_dict())
+    plain.conv1.load_state_dict(stages[0][0].state_dict())
+    plain.bn1.load_state_dict(stages[0][1].state_dict())
+    plain = nn.Sequential(*list(plain.children())[:-2]).double().eval()
+    dilated = nn.Sequential(*stages).double().eval()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(dilated(x)[..., ::4, ::4], plain(x))
+
+
+def test_parameter_counts_equal_torchvisions():
+    from torchvision.models.segmentation import deeplabv3_resnet50
+
+    theirs = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=13)
+    ours = deeplabv3(stub({"segmentation": 13}, (3, 32, 32)))
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    assert count(ours.shared) == count(theirs.backbone)
+    assert count(ours.heads["segmentation"]) == count(theirs.classifier)
+    dilations = [m.dilation for m in theirs.backbone.modules() if isinstance(m, nn.Conv2d)]
+    assert dilations == [m.dilation for m in ours.shared.modules() if isinstance(m, nn.Conv2d)]
+
+
+def test_atrous_head_views():
+    head = AtrousHead(8, 3, (16, 16), width=4)
+    assert [view[0].dilation[0] for view in head.views] == [1, 12, 24, 36]
+    assert head.join[0].in_channels == 5 * 4
+    assert head(torch.randn(2, 8, 2, 2)).shape == (2, 3, 16, 16)
+
+
+def test_weights_come_from_a_local_file(tmp_path):
+    import torchvision
+
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    model = deeplabv3(stub(shape=(3, 32, 32)), depth=18, cut=2, weights=tmp_path / "weights.pt")
+    assert torch.equal(model.shared[0][0].weight, state["conv1.weight"])
+    assert torch.equal(model.branches["depth"][-1][1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    import torchvision
+
+    state = torchvision.models.resnet18().state_dict()
+    del state["layer1.0.bn1.bias"]
+    state["extra"] = torch.zeros(1)
+    state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
+    torch.save(state, tmp_path / "weights.pt")
+    data = stub(shape=(3, 32, 32))
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        deeplabv3(data, depth=18, weights=tmp_path / "weights.pt")
+    for part in (
+        "layer1.0.bn1.bias",
+        "extra",
+        "conv1.weight [64, 1, 7, 7] instead of [64, 3, 7, 7]",
+    ):
+        assert part in str(caught.value)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="expected a state_dict"):
+        deeplabv3(data, depth=18, weights=tmp_path / "list.pt")
+
+
+def test_deeplab_says_what_is_wrong():
+    with pytest.raises(ValueError, match="depth must be one of 18, 50, found 34"):
+        deeplabv3(stub(), depth=34)
+    with pytest.raises(ValueError, match="labels per image; use small"):
+        deeplabv3(stub(LABELS, dense=False))
+    with pytest.raises(ValueError, match=r"cut must be in 0\.\.5"):
+        deeplabv3(stub(shape=(3, 32, 32)), depth=18, cut=6)

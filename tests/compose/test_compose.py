@@ -1,0 +1,79 @@
+"""What one installed method does above the cut works with what any other does below it."""
+
+import itertools
+
+import pytest
+import torch
+from sidetask_core import Batch, Method, SplitModel, Step, Task
+from sidetask_core.plugins import installed, make_method
+from torch import nn
+
+# What a method cannot be built without.
+OPTIONS = {"fixed": {"weights": {"near": 1.0, "far": 0.5, "kind": 2.0}}}
+PAIRS = list(itertools.product(installed("methods"), repeat=2))
+
+
+def tasks():
+    squares = nn.MSELoss(reduction="none")
+    return [
+        Task("near", squares),
+        Task("far", squares, valid=lambda target: ~target.isnan()),
+        Task("kind", nn.CrossEntropyLoss(reduction="none"), primary=False),
+    ]
+
+
+def step_of(encoder, decoder):
+    torch.manual_seed(0)
+    shared = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU())
+    model = SplitModel(shared, {"near": nn.Linear(6, 1), "far": nn.Linear(6, 1), "kind": nn.Linear(6, 3)})
+    above, below = (make_method({"name": name, **OPTIONS.get(name, {})}, tasks()) for name in (encoder, decoder))
+    # A method without a rule of its own for decoders uses its encoder's.
+    step = Step(model, tasks(), Method(encoder=above.encoder, decoder=below.decoder or below.encoder))
+    return step, torch.optim.SGD(step.parameters(), lr=0.05, momentum=0.9)
+
+
+def batch():
+    inputs = torch.randn(16, 5, generator=torch.Generator().manual_seed(1))
+    near = inputs[:, :1] - inputs[:, 1:2]
+    far = inputs[:, 1:2].square().where(inputs[:, 2:3] > -0.5, torch.nan)
+    return Batch(inputs, {"near": near, "far": far, "kind": inputs[:, :3].argmax(dim=1)})
+
+
+def train(step, optimizer, iterations):
+    totals = []
+    for iteration in iterations:
+        step.epoch = iteration // 2
+        optimizer.zero_grad()
+        report = step.backward(batch())
+        totals.append(sum(report.losses.values()))
+        missing = [name for name, parameter in step.named_parameters() if parameter.grad is None]
+        assert not missing
+        assert all(parameter.grad.isfinite().all() for parameter in step.parameters())
+        optimizer.step()
+    return totals
+
+
+def copied(state):
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, state)
+
+
+def test_there_are_methods():
+    assert len({name for pair in PAIRS for name in pair}) > 1
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), PAIRS)
+def test_pair_trains_and_resumes_bit_for_bit(encoder, decoder):
+    step, optimizer = step_of(encoder, decoder)
+    losses = train(step, optimizer, range(12))
+    assert losses[-1] < losses[0]
+    saved = copied(step.state_dict()), copied(optimizer.state_dict())
+    train(step, optimizer, range(12, 15))
+
+    resumed, its_optimizer = step_of(encoder, decoder)
+    resumed.load_state_dict(saved[0])
+    its_optimizer.load_state_dict(saved[1])
+    train(resumed, its_optimizer, range(12, 15))
+    found, expected = resumed.state_dict(), step.state_dict()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found[name], value), name

@@ -1,0 +1,260 @@
+"""What an experiment is: typed records read from YAML, and the single runs that its rows and seeds make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sidetask_bench import document
+from sidetask_bench.schema import ExperimentError, as_mapping, build, join, limited, plain, unknown, wrong
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A data set or network by its entry-point name, with the options of its factory; a bare name is enough."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_plain(cls, data: Any, path: str) -> Plugin:
+        """Read ``small`` or ``{name: small, cut: 3}``."""
+        data = {"name": data} if isinstance(data, str) else as_mapping(data, path)
+        if not isinstance(data.get("name"), str):
+            raise wrong(join(path, "name"), "the name of an installed plug-in", data.get("name"))
+        return cls(data.pop("name"), data)
+
+    def to_plain(self) -> dict[str, Any]:
+        """One flat mapping, the name first."""
+        return {"name": self.name, **self.options}
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: float = limited(0.1, above=0)
+    momentum: float = limited(0.9, minimum=0)
+    weight_decay: float = limited(1e-4, minimum=0)
+    nesterov: bool = False
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam, with the weight decay added to the gradient."""
+
+    name: Literal["adam"] = "adam"
+    lr: float = limited(1e-4, above=0)
+    betas: tuple[float, float] = limited((0.9, 0.999), minimum=0)
+    eps: float = limited(1e-8, above=0)
+    weight_decay: float = limited(0.0, minimum=0)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = limited(1e-3, above=0)
+    betas: tuple[float, float] = limited((0.9, 0.999), minimum=0)
+    eps: float = limited(1e-8, above=0)
+    weight_decay: float = limited(1e-2, minimum=0)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The learning rate as given, after `warmup` epochs of linear rise."""
+
+    name: Literal["constant"] = "constant"
+    warmup: float = limited(0.0, minimum=0)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from the learning rate to `final` times it; changes `per` epoch (as the papers do) or step."""
+
+    name: Literal["cosine"] = "cosine"
+    per: Literal["epoch", "step"] = "epoch"
+    final: float = limited(0.0, minimum=0)
+    warmup: float = limited(0.0, minimum=0)
+
+
+@dataclass(frozen=True)
+class Poly:
+    """``(1 - progress) ** power``; 0.9 is the segmentation literature's."""
+
+    name: Literal["poly"] = "poly"
+    per: Literal["epoch", "step"] = "epoch"
+    power: float = limited(0.9, above=0)
+    warmup: float = limited(0.0, minimum=0)
+
+
+@dataclass(frozen=True)
+class StepDecay:
+    """Times `factor` at each epoch of `at`, or every `every` epochs."""
+
+    name: Literal["step"] = "step"
+    at: tuple[int, ...] = limited((), minimum=1)
+    every: int | None = limited(None, minimum=1)
+    factor: float = limited(0.5, above=0)
+    warmup: float = limited(0.0, minimum=0)
+
+    def __post_init__(self) -> None:
+        if bool(self.at) == (self.every is not None):
+            raise ValueError("give either at: [epochs] or every: epochs")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train.
+
+    `batch_size` is what one optimizer step sees over all processes, before `accumulate` multiplies it: gradients of
+    `accumulate` micro-batches are averaged. `clip` bounds the norm of the whole gradient. `device: auto` is CUDA
+    where there is one. `deterministic` asks CUDA for repeatable kernels; on the CPU they are repeatable anyway.
+    `select: best` tests the epoch with the best validation score (`sidetask_bench.evaluate.score`), `last` the last
+    one. A checkpoint is written after every epoch, and every `checkpoint_every` optimizer steps if given.
+    """
+
+    epochs: int = limited(10, minimum=1)
+    batch_size: int = limited(16, minimum=1)
+    evaluation_batch_size: int | None = limited(None, minimum=1)
+    optimizer: SGD | Adam | AdamW = field(default_factory=SGD)
+    schedule: Constant | Cosine | Poly | StepDecay = field(default_factory=Cosine)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    clip: float | None = limited(None, above=0)
+    accumulate: int = limited(1, minimum=1)
+    select: Literal["best", "last"] = "best"
+    checkpoint_every: int | None = limited(None, minimum=1)
+    device: str = "auto"
+    threads: int | None = limited(None, minimum=1)
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: everything that decides its outcome. Stored as ``config.yaml`` in the run's folder."""
+
+    experiment: str
+    row: str
+    seed: int
+    dataset: Plugin
+    network: Plugin
+    method: Any
+    training: Training
+
+
+ROW_KEYS = ("network", "method", "training")
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file.
+
+    `rows` name what `compare` sets side by side; each overrides `network`, `method` or `training` of the base
+    (`sidetask_bench.document.merge`; a method is replaced as a whole). Single-task learning is the row
+    ``{network: {cut: 0}}``: networks that share nothing. `baseline` is the row that relative improvement is
+    measured against, the first one by default; `improvement` is one of the definitions of
+    `sidetask_core.relative_improvement`.
+    """
+
+    name: str
+    dataset: Plugin
+    network: Plugin
+    method: Any = "equal"
+    training: Training = field(default_factory=Training)
+    seeds: tuple[int, ...] = limited((0,), minimum=0)
+    rows: Mapping[str, Any] = field(default_factory=dict)
+    baseline: str | None = None
+    improvement: Literal["mean-of-tasks", "one-metric", "flat"] = "mean-of-tasks"
+
+    def __post_init__(self) -> None:
+        for name in (self.name, *self.rows):
+            if not re.fullmatch(r"[\w+][\w.+-]*", name):
+                raise ValueError(f"{name!r} names a folder: use letters, digits, and . _ + - after the first")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must be at least one and all different, found {list(self.seeds)}")
+        if self.baseline is not None and self.baseline not in self.rows:
+            raise unknown(self.baseline, self.rows, "baseline", "row")
+        for row in self.rows:
+            self.run(row, self.seeds[0])
+
+    def run(self, row: str | None, seed: int) -> RunConfig:
+        """The run of one row and seed; row None (or ``base``) is the experiment without any row's changes.
+
+        Raises:
+            ExperimentError: if there is no such row, or it changes what a row may not.
+        """
+        parts = {key: plain(getattr(self, key)) for key in ROW_KEYS}
+        if row is not None and row != BASE:
+            if row not in self.rows:
+                raise unknown(row, self.rows, "rows", "row")
+            changes = as_mapping(self.rows[row] if self.rows[row] is not None else {}, f"rows.{row}")
+            for key, value in changes.items():
+                if key not in ROW_KEYS:
+                    raise unknown(key, ROW_KEYS, f"rows.{row}")
+                parts[key] = value if key == "method" else document.merge(parts[key], value)
+        path = f"rows.{row}." if row in self.rows else ""
+        return RunConfig(
+            self.name,
+            row or BASE,
+            seed,
+            self.dataset,
+            network=build(Plugin, parts["network"], f"{path}network"),
+            method=_method(parts["method"], f"{path}method"),
+            training=build(Training, parts["training"], f"{path}training"),
+        )
+
+    def runs(self, seeds: Iterable[int] | None = None) -> dict[str, list[RunConfig]]:
+        """All runs by row, in the file's order.
+
+        Raises:
+            ExperimentError: if there are no rows to compare.
+        """
+        if not self.rows:
+            raise ExperimentError(f"{self.name} has no rows to compare; add rows: {{name: changes}} or use train")
+        return {row: [self.run(row, seed) for seed in seeds or self.seeds] for row in self.rows}
+
+
+def load_experiment(source: str | Path, assignments: Iterable[str] = ()) -> Experiment:
+    """Read an experiment file or preset, with ``key.path=value`` overrides.
+
+    >>> experiment = load_experiment("digits", ["training.epochs=3"])
+    >>> experiment.name, experiment.training.epochs
+    ('digits', 3)
+
+    Raises:
+        ExperimentError: naming what is wrong with the file or an override.
+    """
+    return build(Experiment, document.override(document.read(source), assignments))
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """Read the ``config.yaml`` of a run's folder."""
+    return build(RunConfig, document.read(path))
+
+
+def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
+    """What differs between two runs, one line per dotted key.
+
+    >>> base = load_experiment("digits")
+    >>> changed_keys(base.run(None, 0), base.run(None, 1))
+    ['seed: 0 -> 1']
+    """
+    before, after = document.flatten(plain(old)), document.flatten(plain(new))
+    missing = "(absent)"
+    return [
+        f"{key}: {before.get(key, missing)} -> {after.get(key, missing)}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key, missing) != after.get(key, missing)
+    ]
+
+
+def _method(value: Any, path: str) -> Any:
+    if not isinstance(value, str | Mapping):
+        raise wrong(path, "a method's name or a mapping with name, or with encoder and decoder", value)
+    return value

@@ -1,0 +1,71 @@
+"""From names in a configuration to objects: data set, network and step, through entry points only."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sidetask_bench.config import Plugin, RunConfig
+from sidetask_bench.schema import ExperimentError, unknown
+from sidetask_core import Rule, SplitModel, Step, plugins
+
+if TYPE_CHECKING:
+    from sidetask_datasets import Dataset
+
+
+def make_dataset(plugin: Plugin) -> Dataset:
+    """Build a data set from the group ``sidetask.datasets``.
+
+    Raises:
+        ExperimentError: for an unknown name or option, or what the factory objects to.
+    """
+    with _blaming("dataset", plugin.name):
+        factory = plugins.find("datasets", plugin.name)
+        _check_options(factory, plugin, "dataset", given=0)
+        return factory(**plugin.options)
+
+
+def make_step(config: RunConfig, dataset: Dataset) -> Step:
+    """Build the run's network and method, initialised from its seed.
+
+    Runs with one seed start from the same weights whatever their method is. Rules draw from generators of their own,
+    whose seeds are moved by the run's, so that a random rule differs from seed to seed too.
+
+    Raises:
+        ExperimentError: for an unknown name or option, or what a factory objects to.
+    """
+    torch.manual_seed(config.seed)
+    with _blaming("network", config.network.name):
+        factory = plugins.find("networks", config.network.name)
+        _check_options(factory, config.network, "network", given=1)
+        model: SplitModel = factory(dataset, **config.network.options)
+    with _blaming("method", config.method):
+        method = plugins.make_method(config.method, dataset.tasks)
+        step = Step(model, dataset.tasks, method)
+    for module in step.modules():
+        if isinstance(module, Rule):
+            module.generator.manual_seed(module.generator.initial_seed() + config.seed)
+    return step
+
+
+@contextlib.contextmanager
+def _blaming(what: str, name: Any) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, OSError, ImportError) as error:
+        raise ExperimentError(f"{what} {name!r}: {error}") from error
+
+
+def _check_options(factory: Any, plugin: Plugin, path: str, given: int) -> None:
+    """Find a misspelt option before Python does, to suggest the right one; `given` arguments are not the user's."""
+    parameters = list(inspect.signature(factory).parameters.values())[given:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for key in plugin.options:
+        if key not in names:
+            raise unknown(key, names, path)

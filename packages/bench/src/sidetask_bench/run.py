@@ -1,0 +1,261 @@
+"""A run and its folder: train with checkpoints, go on after a kill, test the chosen epoch, load the result again.
+
+A run's folder holds
+
+- ``config.yaml``: what is run;
+- ``metrics.jsonl``: per epoch the mean training losses, validation metrics and score, learning rate, seconds;
+- ``weights.jsonl``: per step the losses and the weights above (encoder) and below (decoder) the cut;
+- ``checkpoint.pt``: everything the next step depends on; ``best.pt``: the network of the chosen epoch;
+- ``result.json``: the test metrics, written last: a run that has it is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sidetask_bench import runtime, storage
+from sidetask_bench.assemble import make_dataset, make_step
+from sidetask_bench.config import RunConfig, changed_keys, load_run_config
+from sidetask_bench.document import dump
+from sidetask_bench.evaluate import evaluate, score
+from sidetask_bench.progress import Display
+from sidetask_bench.schema import ExperimentError, plain
+from sidetask_bench.trainer import Trainer
+from sidetask_core import SplitModel, parallel
+
+if TYPE_CHECKING:
+    from sidetask_datasets import Dataset
+
+_FILES = ("config.yaml", "metrics.jsonl", "weights.jsonl", "checkpoint.pt", "best.pt", "result.json")
+_FORMAT = 1
+_FLUSH_SECONDS = 0.5
+
+
+def train(
+    config: RunConfig,
+    folder: str | Path,
+    *,
+    dataset: Dataset | None = None,
+    overwrite: bool = False,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Train one run in a folder, or go on with it, and give its result.
+
+    A finished run is not run again. An interrupted one goes on from its checkpoint, and ends in the same parameters,
+    ``metrics.jsonl`` (but for seconds) and ``weights.jsonl`` as if it had never stopped: bit for bit on the CPU, and
+    on CUDA with ``training.deterministic``. Under ``torchrun`` every process calls this; process 0 writes.
+
+    Args:
+        config: what to run.
+        folder: where; created if needed.
+        dataset: the data of ``config.dataset``, if the caller has them already.
+        overwrite: start again, even if there is a finished run or one of another configuration.
+        display: shows progress; nothing by default.
+
+    Raises:
+        ExperimentError: if the folder holds a run of another configuration (the message names what changed), or
+            the configuration asks for what does not exist.
+        NonFiniteLoss: if training diverged, naming task and iteration.
+    """
+    folder, display = Path(folder), display or Display()
+    main = parallel.rank() == 0
+    with storage.locked(folder) if main else contextlib.nullcontext(), runtime.settings(config.training) as device:
+        if main:
+            _prepare(folder, config, overwrite)
+        runtime.barrier()
+        if (folder / "result.json").exists():
+            return read_result(folder)
+        data = (dataset if dataset is not None else make_dataset(config.dataset)).to(device)
+        with display:
+            result = _Run(config, folder, data, device, display).complete()
+        runtime.barrier()
+        return result
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result of a finished run."""
+    return json.loads((folder / "result.json").read_text("utf-8"))
+
+
+def load_run(folder: str | Path, dataset: Dataset | None = None) -> tuple[RunConfig, Dataset, SplitModel]:
+    """A run's configuration, data and chosen network, in evaluation mode on the CPU.
+
+    Args:
+        folder: of a run that has completed an epoch.
+        dataset: its data, if the caller has them already.
+
+    Raises:
+        ExperimentError: if there is no such run.
+    """
+    folder = Path(folder)
+    if not (folder / "best.pt").exists():
+        raise ExperimentError(f"{folder} has no trained network (best.pt)")
+    config = load_run_config(folder / "config.yaml")
+    if dataset is None:
+        dataset = make_dataset(config.dataset)
+    model = make_step(config, dataset).model
+    model.load_state_dict(storage.read_tensors(folder / "best.pt")["model"])
+    return config, dataset, model.eval()
+
+
+def _prepare(folder: Path, config: RunConfig, overwrite: bool) -> None:
+    """Make the folder this run's, or refuse to mix two runs."""
+    path = folder / "config.yaml"
+    if overwrite:
+        # The checkpoint goes before the journals it refers to: a kill in between leaves a run that starts afresh.
+        for name in reversed(_FILES):
+            (folder / name).unlink(missing_ok=True)
+    elif path.exists():
+        changes = changed_keys(load_run_config(path), config)
+        if changes:
+            raise ExperimentError(
+                f"{folder} holds a run of another configuration ({'; '.join(changes)}); "
+                "choose another --folder, or --overwrite it"
+            )
+    if not path.exists():
+        storage.write_text(path, dump(plain(config)))
+
+
+class _Run:
+    """One run on its way: the trainer, its journals, and what has been chosen so far."""
+
+    def __init__(self, config: RunConfig, folder: Path, data: Dataset, device: torch.device, display: Display) -> None:
+        self.config, self.folder, self.data, self.device, self.display = config, folder, data, device, display
+        self.main = parallel.rank() == 0
+        self.metrics = storage.Journal(folder / "metrics.jsonl")
+        self.weights = storage.Journal(folder / "weights.jsonl")
+        self.log = storage.StepLog(self.weights)
+        self.trainer = Trainer(config, data, device)
+        self.best_epoch, self.best_score = -1, -math.inf
+        self.seconds = self.epoch_seconds = 0.0
+        self.name = f"{config.row}/seed{config.seed}"
+        self._restore()
+
+    def complete(self) -> dict[str, Any]:
+        """Train to the end, test, and write the result."""
+        training, trainer = self.config.training, self.trainer
+        self.display.begin(self.name, trainer.total, training.epochs * trainer.steps_per_epoch)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        while trainer.epoch < training.epochs:
+            self._train_epoch()
+            self._close_epoch()
+        result: dict[str, Any] = {}
+        if self.main:
+            result = self._test()
+            storage.write_json(self.folder / "result.json", result)
+            self.display.finished(self.name, result)
+        return result
+
+    def _train_epoch(self) -> None:
+        trainer, training = self.trainer, self.config.training
+        started = flushed = time.perf_counter()
+        for values in trainer.steps():
+            if not self.main:
+                if training.checkpoint_every and trainer.total % training.checkpoint_every == 0:
+                    trainer.state()
+                continue
+            self.log.add({"step": trainer.total - 1, "epoch": trainer.epoch}, values)
+            now = time.perf_counter()
+            if now - flushed > _FLUSH_SECONDS:
+                self.log.flush()
+                self.display.show(trainer.total, trainer.epoch, training.epochs, self.log.latest)
+                flushed = now
+            if training.checkpoint_every and trainer.total % training.checkpoint_every == 0:
+                started = self._count_seconds(started)
+                self._save()
+        if self.main:
+            self.log.flush()
+            self.display.show(trainer.total, trainer.epoch, training.epochs, self.log.latest)
+            self._count_seconds(started)
+
+    def _close_epoch(self) -> None:
+        trainer, training = self.trainer, self.config.training
+        epoch, rate = trainer.epoch, trainer.optimizer.param_groups[0]["lr"]
+        losses = trainer.end_epoch()
+        if self.main:
+            model, tasks = trainer.step.model, self.data.tasks
+            validation = evaluate(model, tasks, self.data.validation, self._batch_size())
+            value = score(validation, tasks)
+            chosen = value > self.best_score if training.select == "best" else False
+            # Also under "best", for a validation split that never gave a score.
+            last = epoch + 1 == training.epochs and self.best_epoch < 0
+            if chosen or last:
+                self.best_epoch, self.best_score = epoch, value
+                storage.write_tensors(
+                    self.folder / "best.pt", {"model": model.state_dict(), "epoch": epoch, "score": value}
+                )
+            record = {"epoch": epoch, "losses": losses, "validation": validation, "score": value, "lr": rate}
+            self.metrics.append({**record, "seconds": round(self.epoch_seconds, 3)})
+        self.epoch_seconds = 0.0
+        self._save()
+        runtime.barrier()
+
+    def _test(self) -> dict[str, Any]:
+        model = self.trainer.step.model
+        best = storage.read_tensors(self.folder / "best.pt")
+        model.load_state_dict(best["model"])
+        cuda = self.device.type == "cuda"
+        return {
+            "test": evaluate(model, self.data.tasks, self.data.test, self._batch_size()),
+            "epoch": best["epoch"],
+            "score": best["score"],
+            "steps": self.trainer.total,
+            "seconds": round(self.seconds, 3),
+            "seconds_per_step": self.seconds / max(self.trainer.total, 1),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "processes": parallel.world(),
+        }
+
+    def _batch_size(self) -> int:
+        return self.config.training.evaluation_batch_size or self.config.training.batch_size
+
+    def _count_seconds(self, started: float) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds += now - started
+        self.epoch_seconds += now - started
+        return now
+
+    def _save(self) -> None:
+        """Write the checkpoint; it names the journals' sizes, so that lines after it are forgotten on resume."""
+        state = self.trainer.state()
+        if not self.main:
+            return
+        self.log.flush()
+        record = {
+            "format": _FORMAT,
+            "trainer": state,
+            "metrics": self.metrics.size(),
+            "weights": self.weights.size(),
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score,
+            "seconds": self.seconds,
+            "epoch_seconds": self.epoch_seconds,
+        }
+        storage.write_tensors(self.folder / "checkpoint.pt", record)
+
+    def _restore(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        record: dict[str, Any] = storage.read_tensors(path) if path.exists() else {"metrics": 0, "weights": 0}
+        if record.get("format", _FORMAT) != _FORMAT:
+            raise ExperimentError(f"{path} was written by another version of sidetask-bench; --overwrite the run")
+        if self.main:
+            self.metrics.cut(record["metrics"])
+            self.weights.cut(record["weights"])
+        runtime.barrier()
+        if "trainer" not in record:
+            return
+        self.trainer.load_state(record["trainer"])
+        self.best_epoch, self.best_score = record["best_epoch"], record["best_score"]
+        self.seconds, self.epoch_seconds = record["seconds"], record["epoch_seconds"]

@@ -1,0 +1,124 @@
+"""Where a run computes: device, threads, determinism, processes and random state."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sidetask_bench.config import Training
+from sidetask_bench.schema import ExperimentError
+from sidetask_core import parallel
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Join the processes that ``torchrun`` started, if it did, and leave them in the end.
+
+    NCCL between CUDA devices, gloo otherwise.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if parallel.world() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def settings(training: Training) -> Iterator[torch.device]:
+    """Apply `device`, `threads` and `deterministic` for the length of a run; gives the device.
+
+    Raises:
+        ExperimentError: for a device that is not there.
+    """
+    device = find_device(training.device)
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        if training.threads:
+            torch.set_num_threads(training.threads)
+        if training.deterministic:
+            # cuBLAS reads this when it is first used.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.backends.cudnn.benchmark = False
+        yield device
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is this process's CUDA device where there is one, else the CPU.
+
+    >>> find_device("cpu")
+    device(type='cpu')
+
+    Raises:
+        ExperimentError: for a device that is not there.
+    """
+    if name == "auto":
+        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ExperimentError(f"training.device: {name!r} cannot be used here: {error}") from error
+    return device
+
+
+def random_state(device: torch.device) -> list[dict[str, Any]]:
+    """The global random generators of every process, in plain values and tensors."""
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002 (the legacy state is what a plug-in might use)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if parallel.world() == 1:
+        return [state]
+    states: list[Any] = [None] * parallel.world()
+    dist.all_gather_object(states, state)
+    return states
+
+
+def set_random_state(states: list[dict[str, Any]], device: torch.device) -> None:
+    """Go on drawing where `random_state` was taken.
+
+    Raises:
+        ExperimentError: if that was with another number of processes.
+    """
+    if len(states) != parallel.world():
+        raise ExperimentError(
+            f"the checkpoint was written by {len(states)} process(es), and this is {parallel.world()}: "
+            "resume with as many as began"
+        )
+    state = states[parallel.rank()]
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,160 @@
+"""The training loop: one run in memory, which can say its whole state and take it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sidetask_bench import runtime
+from sidetask_bench.assemble import make_step
+from sidetask_bench.config import RunConfig
+from sidetask_bench.optimization import learning_rate_factor, make_optimizer
+from sidetask_bench.schema import ExperimentError
+from sidetask_core import Report, parallel
+
+if TYPE_CHECKING:
+    from sidetask_datasets import Dataset
+
+Values = dict[str, dict[str, Tensor]]
+
+
+class Trainer:
+    """Trains the model of one run, a step at a time.
+
+    The order of the data depends on the seed and the epoch alone, and the learning rate on the position, so that
+    runs which differ in their method see the same batches at the same rates.
+
+    Args:
+        config: the run.
+        dataset: its data, on `device`.
+        device: where to compute.
+
+    Attributes:
+        step: the `sidetask_core.Step`; `step.model` is the network.
+        epoch: the epoch the next step belongs to; `position` optimizer steps of it are done, `total` in all.
+
+    Raises:
+        ExperimentError: if the data do not fill one step, or an accumulated one.
+    """
+
+    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
+        self.config, self.training, self.data, self.device = config, config.training, dataset.train, device
+        self.step = make_step(config, dataset).to(device)
+        parallel.broadcast(self.step)
+        self.optimizer = make_optimizer(
+            self.training.optimizer, self.step.model.parameters(), self.step.rule_parameters()
+        )
+        half = self.training.precision == "float16"
+        self.scaler = torch.amp.GradScaler(device.type) if half else None
+        self.epoch = self.position = self.total = 0
+        self.loss_sums: dict[str, Tensor] = {}
+        self.steps_per_epoch = self.data.count(self.training.batch_size) // self.training.accumulate
+        if not self.steps_per_epoch:
+            raise ExperimentError(
+                f"training.batch_size: {self.training.accumulate} x {self.training.batch_size} samples make a step, "
+                f"but there are {len(self.data)} to train on"
+            )
+        # What the network draws while it trains (dropout) differs between processes, unlike its initial weights.
+        torch.manual_seed(config.seed + parallel.rank())
+
+    def steps(self) -> Iterator[Values]:
+        """Take the rest of the epoch's optimizer steps; gives losses and weights after each, on the device.
+
+        When it ends, `epoch` is still this one; `end_epoch` goes on to the next.
+        """
+        training = self.training
+        batches = self.data.batches(
+            training.batch_size,
+            seed=self.config.seed,
+            epoch=self.epoch,
+            rank=parallel.rank(),
+            world=parallel.world(),
+            start=self.position * training.accumulate,
+        )
+        self.step.epoch = self.epoch
+        self.step.train()
+        for _ in range(self.position, self.steps_per_epoch):
+            self._set_learning_rate()
+            self.optimizer.zero_grad(set_to_none=True)
+            reports = [self._backward(next(batches)) for _ in range(training.accumulate)]
+            self._update()
+            self.position += 1
+            self.total += 1
+            values = _mean_values(reports)
+            for name, loss in values["losses"].items():
+                self.loss_sums[name] = self.loss_sums.get(name, 0) + loss
+            yield values
+
+    def end_epoch(self) -> dict[str, float]:
+        """Close the epoch: its mean loss over the steps, by task."""
+        means = {name: float(total) / self.position for name, total in self.loss_sums.items()}
+        self.epoch, self.position, self.loss_sums = self.epoch + 1, 0, {}
+        return means
+
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        factor = learning_rate_factor(
+            self.training.schedule, self.epoch, self.position, self.steps_per_epoch, self.training.epochs
+        )
+        return self.training.optimizer.lr * factor
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on. Every process must call it."""
+        return {
+            "step": self.step.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+            "epoch": self.epoch,
+            "position": self.position,
+            "total": self.total,
+            "loss_sums": self.loss_sums,
+            "random": runtime.random_state(self.device),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; the steps that follow are the ones that would have followed then, bit for bit."""
+        self.step.load_state_dict(state["step"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.position, self.total = state["epoch"], state["position"], state["total"]
+        self.loss_sums = {name: total.to(self.device) for name, total in state["loss_sums"].items()}
+        runtime.set_random_state(state["random"], self.device)
+
+    def _set_learning_rate(self) -> None:
+        rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _backward(self, batch: Any) -> Report:
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.training.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self.step.backward(batch, scaler=self.scaler)
+
+    def _update(self) -> None:
+        if self.training.accumulate > 1:
+            for parameter in self.step.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= self.training.accumulate
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        if self.training.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.step.model.parameters(), self.training.clip)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+
+
+def _mean_values(reports: list[Report]) -> Values:
+    groups = [{"losses": r.losses, "encoder": r.encoder_weights, "decoder": r.decoder_weights} for r in reports]
+    if len(groups) == 1:
+        return groups[0]
+    return {
+        group: {name: torch.stack([g[group][name] for g in groups]).mean() for name in items}
+        for group, items in groups[0].items()
+    }

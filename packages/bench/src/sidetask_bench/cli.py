@@ -1,0 +1,169 @@
+"""The ``sidetask`` command."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sidetask_bench import document, tables
+from sidetask_bench.compare import compare as run_comparison
+from sidetask_bench.config import Experiment, load_experiment
+from sidetask_bench.progress import ConsoleDisplay, Display
+from sidetask_bench.run import train as run_training
+from sidetask_bench.runtime import processes
+from sidetask_bench.schema import ExperimentError
+from sidetask_core import NonFiniteLoss, parallel, plugins
+
+app = typer.Typer(
+    help="Train and compare multi-task and auxiliary-learning methods.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="A YAML file, or the name of a preset.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value; may be repeated.")
+]
+Runs = Annotated[Path, typer.Option("--runs", help="Where experiments get their folders.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again, whatever the folder holds.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Say what is wrong in one line: exit status 2 for bad input, 1 for a run that failed."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            with processes():
+                command(*args, **kwargs)
+        except (ExperimentError, NonFiniteLoss) as error:
+            if debug:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2 if isinstance(error, ExperimentError) else 1) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+            raise typer.Exit(130) from error
+
+    # Typer reads options from the signature: the command's own, resolved, and --debug.
+    signature = inspect.signature(command, eval_str=True)
+    flag = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    parameters = [*signature.parameters.values(), flag]
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
+
+
+@app.command()
+@_reported
+def train(
+    experiment: Source,
+    assignments: Assignments = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the experiment's first.", min=0)] = None,
+    row: Annotated[str | None, typer.Option(help="Train a row of the experiment instead of its base.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
+    runs: Runs = Path("runs"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Train one run; go on with it if it was interrupted."""
+    loaded = load_experiment(experiment, assignments or ())
+    config = loaded.run(row, loaded.seeds[0] if seed is None else seed)
+    folder = folder or runs / config.experiment / config.row / f"seed{config.seed}"
+    console = Console()
+    result = run_training(config, folder, overwrite=overwrite, display=_display(console))
+    if parallel.rank() == 0:
+        table = Table("task", "metric", "test")
+        for task, metrics in result["test"].items():
+            for metric, value in metrics.items():
+                table.add_row(task, metric, tables.with_deviation(value, None))
+        console.print(table)
+        console.print(f"run: {folder}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+@_reported
+def compare(
+    experiment: Source,
+    assignments: Assignments = None,
+    folder: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
+    runs: Runs = Path("runs"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Train every row with every seed, and write table and report; finished runs are kept."""
+    loaded = load_experiment(experiment, assignments or ())
+    words = ["sidetask", "compare", experiment, *(word for each in assignments or () for word in ("--set", each))]
+    failed = _compare(loaded, folder or runs / loaded.name, overwrite, shlex.join(words), Console())
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_reported
+def demo(runs: Runs = Path("runs"), overwrite: Overwrite = False) -> None:
+    """Compare five methods on two made-up data sets; some minutes on two CPU cores."""
+    failed = False
+    for name in ("digits", "scenes"):
+        command = f"sidetask compare {name}"
+        failed |= _compare(load_experiment(name), runs / name, overwrite, command, Console())
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("report")
+@_reported
+def rewrite_report(folder: Annotated[Path, typer.Argument(help="Of a comparison.")]) -> None:
+    """Write the report of a comparison again."""
+    if not (folder / "comparison.json").is_file():
+        raise ExperimentError(f"{folder} has no comparison.json; sidetask compare writes it")
+    _say_report(folder, Console())
+
+
+@app.command("list")
+@_reported
+def list_installed() -> None:
+    """What is installed: methods, data sets and networks with their distributions, and the presets."""
+    console = Console()
+    for group, title in (("methods", "methods"), ("datasets", "data sets"), ("networks", "networks")):
+        table = Table(title, "distribution")
+        for name, distribution in plugins.installed(group).items():
+            table.add_row(name, distribution)
+        console.print(table)
+    table = Table("presets", "data set", "rows")
+    for name in document.presets():
+        loaded = load_experiment(name)
+        table.add_row(name, loaded.dataset.name, ", ".join(loaded.rows))
+    console.print(table)
+
+
+def _compare(experiment: Experiment, folder: Path, overwrite: bool, command: str, console: Console) -> bool:
+    comparison = run_comparison(experiment, folder, overwrite=overwrite, display=_display(console), command=command)
+    if parallel.rank():
+        return False
+    # A table that is cut off says nothing: outside a terminal there is no width to keep to.
+    width = None if console.is_terminal else 200
+    console.print(tables.terminal(comparison), width=width)
+    for failure in comparison["failed"]:
+        typer.echo(f"left out: {failure['row']}, seed {failure['seed']}: {failure['error']}", err=True)
+    _say_report(folder, console)
+    return bool(comparison["failed"])
+
+
+def _say_report(folder: Path, console: Console) -> None:
+    from sidetask_bench import report  # here, because matplotlib is slow to import
+
+    path = report.write(folder)
+    console.print(f"report: {path}\n", soft_wrap=True, markup=False, highlight=False)
+
+
+def _display(console: Console) -> Display:
+    return ConsoleDisplay(console) if parallel.rank() == 0 else Display()

@@ -1,0 +1,175 @@
+"""Rows times seeds: run what is missing, then put means, deviations and relative improvements side by side."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from sidetask_bench import storage, tables
+from sidetask_bench.assemble import make_dataset, make_step
+from sidetask_bench.config import Experiment, RunConfig
+from sidetask_bench.progress import Display
+from sidetask_bench.run import train
+from sidetask_bench.schema import ExperimentError, plain
+from sidetask_core import NonFiniteLoss, Task, parallel, relative_improvement, relative_improvement_by_task
+
+if TYPE_CHECKING:
+    from sidetask_datasets import Dataset
+
+Results = Mapping[str, Mapping[str, float]]
+
+
+def compare(
+    experiment: Experiment,
+    folder: str | Path,
+    *,
+    seeds: Iterable[int] | None = None,
+    overwrite: bool = False,
+    display: Display | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train every row with every seed and compare their test metrics.
+
+    Finished runs are kept and interrupted ones resumed, so that the same call goes on after a kill, and a row or
+    seed added later costs only itself. A run that diverges is left out and named under ``failed``.
+
+    Args:
+        experiment: with rows.
+        folder: gets ``<row>/seed<k>/`` for the runs, ``comparison.json``, ``table.md`` and ``table.csv``.
+        seeds: instead of the experiment's.
+        overwrite: start every run again.
+        display: shows progress; nothing by default.
+        command: how a reader can run this again; kept in the comparison.
+
+    Returns:
+        What is in ``comparison.json``. On other processes than 0 of ``torchrun``, an empty mapping.
+
+    Raises:
+        ExperimentError: for a mistake in any row, before the first one is trained; or if no run of the baseline
+            finished.
+    """
+    folder = Path(folder)
+    runs = experiment.runs(seeds)
+    dataset = make_dataset(experiment.dataset)
+    for configs in runs.values():
+        make_step(configs[0], dataset)
+    results: dict[str, list[dict[str, Any]]] = {}
+    failed: list[dict[str, Any]] = []
+    for row, configs in runs.items():
+        for config in configs:
+            place = f"{row}/seed{config.seed}"
+            try:
+                result = train(config, folder / place, dataset=dataset, overwrite=overwrite, display=display)
+            except NonFiniteLoss as error:
+                failed.append({"row": row, "seed": config.seed, "error": str(error)})
+                continue
+            results.setdefault(row, []).append({"seed": config.seed, "folder": place, **result})
+    if parallel.rank():
+        return {}
+    comparison = summarize(experiment, dataset, runs, results)
+    comparison |= {"failed": failed, "versions": versions(), "config": plain(experiment), "command": command}
+    storage.write_json(folder / "comparison.json", comparison)
+    storage.write_text(folder / "table.md", tables.markdown(comparison))
+    storage.write_text(folder / "table.csv", tables.csv_text(comparison))
+    return comparison
+
+
+def summarize(
+    experiment: Experiment,
+    dataset: Dataset,
+    runs: Mapping[str, Sequence[RunConfig]],
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """Means and deviations over seeds, and improvements of each run over the baseline row's mean."""
+    baseline = experiment.baseline or next(iter(runs))
+    if baseline not in results:
+        raise ExperimentError(f"no run of the baseline row {baseline!r} finished; there is nothing to compare with")
+    reference = _by_metric([run["test"] for run in results[baseline]], fmean)
+    rows = []
+    for name, row_results in results.items():
+        tests = [run["test"] for run in row_results]
+        rows.append(
+            {
+                "name": name,
+                "method": runs[name][0].method,
+                "network": plain(runs[name][0].network),
+                "runs": [dict(run) for run in row_results],
+                "mean": _by_metric(tests, fmean),
+                "std": _by_metric(tests, deviation),
+                "improvement": improvements(tests, reference, dataset.tasks, experiment.improvement),
+                "seconds_per_step": fmean(run["seconds_per_step"] for run in row_results),
+            }
+        )
+    return {
+        "name": experiment.name,
+        "baseline": baseline,
+        "improvement": experiment.improvement,
+        "tasks": [
+            {
+                "name": task.name,
+                "primary": task.primary,
+                "metrics": {name: {"higher_is_better": m.higher_is_better} for name, m in task.metrics.items()},
+            }
+            for task in dataset.tasks
+        ],
+        "rows": rows,
+    }
+
+
+def improvements(
+    tests: Sequence[Results], reference: Results, tasks: Sequence[Task], definition: Any
+) -> dict[str, Any]:
+    """Relative improvement of each run over the reference, in percent: values, mean, deviation, and by task.
+
+    Null where it does not exist: a metric of the reference is zero or undefined.
+    """
+    try:
+        values = [relative_improvement(test, reference, tasks, definition) for test in tests]
+        by_task = [relative_improvement_by_task(test, reference, tasks, definition) for test in tests]
+    except (ValueError, TypeError):
+        nothing = {"mean": None, "std": None}
+        return {**nothing, "values": [None] * len(tests), "by_task": {task.name: nothing for task in tasks}}
+    return {
+        "mean": fmean(values),
+        "std": deviation(values),
+        "values": values,
+        "by_task": {
+            task.name: {
+                "mean": fmean(changes[task.name] for changes in by_task),
+                "std": deviation([changes[task.name] for changes in by_task]),
+            }
+            for task in tasks
+        },
+    }
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation; None for a single value, which has none.
+
+    >>> deviation([1.0, 2.0, 3.0]), deviation([1.0])
+    (1.0, None)
+    """
+    return stdev(values) if len(values) > 1 else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on: the installed sidetask distributions, torch and Python."""
+    names = {dist.metadata["Name"] for dist in metadata.distributions()}
+    ours = sorted(name for name in names if name and name.startswith("sidetask-"))
+    found = {name: metadata.version(name) for name in [*ours, "torch", "torchvision", "numpy"] if name in names}
+    return {**found, "python": platform.python_version()}
+
+
+def _by_metric(tests: Sequence[Results], reduce: Any) -> dict[str, dict[str, Any]]:
+    """Reduce over runs; a metric that is undefined (null) in one run is undefined."""
+    reduced: dict[str, dict[str, Any]] = {}
+    for task, metrics in tests[0].items():
+        reduced[task] = {}
+        for metric in metrics:
+            values = [test[task][metric] for test in tests]
+            reduced[task][metric] = None if None in values else reduce(values)
+    return reduced

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from sidetask_core.combine import Combined, Weights, accumulate, combine
 from sidetask_core.method import Combiner, Method, Rule, Weighting
@@ -111,6 +112,10 @@ class Step(nn.Module):
                     f"the {slot} rule {type(rule).__name__} was made for tasks {_listed(rule.tasks)}, "
                     f"but the step's tasks are {_listed(names)}, in this order"
                 )
+        # Gradients per task need several backward passes over one graph. A module compiled with donated buffers
+        # writes over them in the first; what is compiled within a step has none, what was compiled before goes.
+        if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules()):
+            torch.compiler.reset()
         self.model = model
         self.tasks = tasks
         self.augment = method.augment
@@ -149,6 +154,10 @@ class Step(nn.Module):
             NonFiniteLoss: before any `.grad` changes (one step late with ``check="deferred"``).
             MissingKey: for a task whose input or target the batch lacks.
         """
+        with functorch_config.patch(donated_buffer=False):
+            return self._backward(batch, scaler)
+
+    def _backward(self, batch: Batch, scaler: torch.amp.GradScaler | None) -> Report:
         with torch.enable_grad():
             passes = Passes(self.model, self.tasks, batch, self.shapers, scaler)
         with torch.autocast(passes.losses[0].device.type, enabled=False), torch.no_grad():

@@ -6,6 +6,7 @@ from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset
 from sidetask_datasets.digits import digits
+from sidetask_datasets.scenes import scenes
 from sidetask_datasets.split import ResidentSplit, Split
 from sidetask_datasets.view import View, gallery, palette
 
@@ -19,4 +20,5 @@ __all__ = [
     "digits",
     "gallery",
     "palette",
+    "scenes",
 ]

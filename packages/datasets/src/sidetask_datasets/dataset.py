@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from sidetask_core import Task
 from torch import Tensor
 
-from sidetask_core import Task
 from sidetask_datasets.split import Split
 from sidetask_datasets.view import Pixels, View
 

@@ -1,8 +1,9 @@
 """Two overlapping handwritten digits per image, two tasks: the multi-digits benchmark without a download.
 
 The scans are the 1797 that scikit-learn brings (8×8 pixels, UCI optical recognition of handwritten digits), enlarged
-to 20×20 on a 28×28 tile, as MNIST has them. One tile stands in the top left corner of a 36×36 image, another in the bottom right one, each
-moved towards the middle by 0 to 4 pixels along both axes; where they overlap, the brighter pixel shows.
+to 20×20 on a 28×28 tile, as MNIST has them. One tile stands in the top left corner of a 36×36 image, another in the
+bottom right one, each moved towards the middle by 0 to 4 pixels along both axes; where they overlap, the brighter pixel
+shows.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from sidetask_core import Batch
 from torch import Tensor
 
-from sidetask_core import Batch
 from sidetask_datasets import draws
 from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.columns import Column

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sidetask_core import Task
+
 from sidetask_datasets import losses, metrics
 
 

@@ -1,0 +1,193 @@
+"""Pictures of what the trained networks of a comparison see: input, truth and every row's prediction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from sidetask_core import Batch, Task
+from sidetask_datasets import Dataset, View
+from torch import Tensor
+
+from sidetask_bench.config import load_run_config
+from sidetask_bench.records import Comparison
+from sidetask_bench.run import load_run
+
+Pixels = npt.NDArray[np.uint8]
+
+# Larger pictures are thinned to at most this side: a report of megabytes serves nobody.
+_SIDE = 256
+_DPI = 150
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture with what is written under it; `note` says what pixels cannot (right or wrong, for a label)."""
+
+    caption: str
+    pixels: Pixels
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One task of one sample: input, truth, then the prediction of every row."""
+
+    task: str
+    sample: int
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class Legend:
+    """How to read the pictures of a task: in words, by the colours of classes, by a ramp between two values."""
+
+    words: str
+    classes: list[tuple[str, str]] = field(default_factory=list)
+    ramp: Pixels | None = None
+    limits: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Strips, task by task, and a legend per task."""
+
+    strips: list[Strip]
+    legends: dict[str, Legend]
+
+
+def collect(comparison: Comparison, samples: int | None = None) -> Gallery:
+    """Predict some test samples with the chosen network of every row's first seed.
+
+    The samples lie evenly over the test split: nobody picked them by how they look.
+
+    Args:
+        comparison: whose runs are still in its folder.
+        samples: how many; None for 3 where pixels are labelled and 8 where images are.
+
+    Raises:
+        ExperimentError: if a run has no trained network, or its data cannot be built.
+    """
+    dataset: Dataset | None = None
+    config: Any = None
+    strips: dict[tuple[int, str], Strip] = {}
+    legends: dict[str, Legend] = {}
+    for row in comparison.rows:
+        folder = comparison.folder / row.runs[0]["folder"]
+        own = load_run_config(folder / "config.yaml").dataset
+        _, dataset, model = load_run(folder, dataset if own == config else None)
+        config = own
+        indices = _even(len(dataset.test), samples or (3 if dataset.dense else 8))
+        for index in indices:
+            batch = dataset.test[index]
+            for task in dataset.tasks:
+                if task.name not in model.heads:
+                    continue
+                if (index, task.name) not in strips:
+                    strips[index, task.name] = _start(dataset, task, batch, index)
+                with torch.no_grad():
+                    prediction = model(batch.input_of(task), tasks=[task.name])[task.name][0]
+                strips[index, task.name].pictures.append(_predicted(dataset, task, batch, prediction, row.name))
+        for task in dataset.tasks:
+            legends.setdefault(task.name, _legend(dataset.views[task.name], _truths(dataset, task, indices)))
+    tasks = list(legends)
+    return Gallery(sorted(strips.values(), key=lambda strip: (tasks.index(strip.task), strip.sample)), legends)
+
+
+def png(gallery: Gallery, path: Path) -> Path:
+    """All strips in one picture, a strip per line."""
+    columns = max(len(strip.pictures) for strip in gallery.strips)
+    height, width = np.mean([strip.pictures[0].pixels.shape[:2] for strip in gallery.strips], axis=0)
+    cell = 1.5
+    figure = Figure(
+        figsize=(cell * columns + 0.5, (cell * height / width + 0.28) * len(gallery.strips)),
+        dpi=_DPI,
+        layout="constrained",
+        facecolor="white",
+    )
+    grid = figure.subplots(len(gallery.strips), columns, squeeze=False)
+    for axes, strip in zip(grid, gallery.strips, strict=True):
+        for ax in axes:
+            ax.set_axis_off()
+        for ax, picture in zip(axes, strip.pictures, strict=False):
+            ax.imshow(picture.pixels, interpolation="nearest")
+            title = f"{picture.caption}: {picture.note}" if picture.note else picture.caption
+            ax.set_title(title.replace("$", r"\$"), fontsize=7.5, color="#1b1f24", pad=3)
+        axes[0].text(
+            -0.06,
+            0.5,
+            strip.task.replace("$", r"\$"),
+            transform=axes[0].transAxes,
+            rotation=90,
+            ha="right",
+            va="center",
+            fontsize=8,
+            fontweight="bold",
+            color="#1b1f24",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path
+
+
+def _start(dataset: Dataset, task: Task, batch: Batch, index: int) -> Strip:
+    pictures = [Picture("input", _thinned(dataset.show_input(batch.input_of(task)[0])))]
+    target = batch.target_of(task)
+    if target is not None:
+        pictures.append(Picture("truth", _thinned(dataset.views[task.name].image(target[0]))))
+    return Strip(task.name, index, pictures)
+
+
+def _predicted(dataset: Dataset, task: Task, batch: Batch, prediction: Tensor, row: str) -> Picture:
+    view = dataset.views[task.name]
+    note = ""
+    target = batch.target_of(task)
+    if view.kind == "label" and target is not None and int(target[0]) >= 0:
+        note = "right" if int(prediction.argmax()) == int(target[0]) else "wrong"
+    return Picture(row, _thinned(view.image(prediction)), note)
+
+
+def _truths(dataset: Dataset, task: Task, indices: Sequence[int]) -> list[Tensor]:
+    targets = [dataset.test[index].target_of(task) for index in indices]
+    return [target[0] for target in targets if target is not None]
+
+
+def _legend(view: View, truths: Sequence[Tensor]) -> Legend:
+    match view.kind:
+        case "classes":
+            present = sorted({int(label) for truth in truths for label in truth.unique()} - {-1})
+            colours = [(view.classes[label], "#{:02x}{:02x}{:02x}".format(*view.colours[label])) for label in present]
+            return Legend("Classes in the truths shown; black has no label.", colours)
+        case "scalar":
+            low, high = view.limits
+            # Zero itself means unlabelled and is drawn black.
+            steps = torch.linspace(low, high, 64).clamp(min=1e-6 * max(abs(low), abs(high)))
+            return Legend("Black has no label.", ramp=view.image(steps.view(1, 1, -1)), limits=view.limits)
+        case "normals":
+            return Legend("Red faces right, green up, blue the camera; black has no label.")
+        case "edges":
+            return Legend("White is an edge; a prediction is as bright as its probability.")
+        case _:
+            return Legend("The class, as the network names it.")
+
+
+def _even(length: int, count: int) -> list[int]:
+    """Up to `count` indices spread evenly over `length`.
+
+    >>> _even(100, 3), _even(2, 3)
+    ([16, 50, 83], [0, 1])
+    """
+    count = min(count, length)
+    return [int((index + 0.5) * length / count) for index in range(count)]
+
+
+def _thinned(pixels: Pixels) -> Pixels:
+    step = math.ceil(max(pixels.shape[:2]) / _SIDE)
+    return pixels[::step, ::step]

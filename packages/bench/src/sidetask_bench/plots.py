@@ -1,0 +1,320 @@
+"""Draws a comparison: bars of improvement, weights and curves over training.
+
+Every figure is a grid of panels, and every panel is a function of a set of axes and a LIGHT. A report shows the panels
+one by one, so that they can flow on a narrow screen; a picture file shows all of them together. Figures are made
+without pyplot: nothing global is read or changed.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sidetask_bench.records import Comparison, Curve, RowRecord, TaskRecord
+
+PANEL = (4.4, 3.1)
+DPI = 150
+
+# Okabe and Ito's colours, told apart under the common colour vision deficiencies; yellow is too faint for lines, and
+# black would vanish on a dark page. Past the last colour they begin again with another dash.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46")
+_COLOURS_ON_DARK = ("#4DA3DB", "#F0803C", "#2CC295", "#DE96BC", "#F0B43C", "#8CCFF2", "#C2A27A")
+_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+
+
+@dataclass(frozen=True)
+class Style:
+    """Ink and colours for one background."""
+
+    ink: str
+    muted: str
+    grid: str
+    colours: tuple[str, ...]
+
+    def line(self, index: int) -> dict[str, Any]:
+        """Colour and dash of the `index`-th row or task: the same on every panel."""
+        dash = _DASHES[index // len(self.colours) % len(_DASHES)]
+        return {"color": self.colours[index % len(self.colours)], "linestyle": dash}
+
+    def variables(self) -> dict[str, str]:
+        """The colours by the names of the CSS variables that stand for them in `svg`."""
+        return {
+            "ink": self.ink,
+            "muted": self.muted,
+            "line": self.grid,
+            **{f"c{index}": colour for index, colour in enumerate(self.colours)},
+        }
+
+
+LIGHT = Style("#1b1f24", "#57606a", "#d8dee4", _COLOURS)
+DARK = Style("#e6edf3", "#9aa7b3", "#343b44", _COLOURS_ON_DARK)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A mean, its standard deviation over the seeds if there are several, and the seeds' own values."""
+
+    mean: float
+    std: float | None
+    seeds: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small chart: its title, how to draw it, and in words what it shows (for those who cannot see it).
+
+    `left` and `right` are the inches beside the axes that names and numbers need.
+    """
+
+    title: str
+    draw: Callable[[Axes], None]
+    words: str
+    left: float = 0.8
+    right: float = 1.15
+
+
+def improvement_panels(comparison: Comparison) -> list[Panel]:
+    """The overall improvement of every row, then that of each task, against the baseline."""
+    rows = comparison.rows
+    label = f"improvement on {_short(comparison.baseline)} (%)"
+    overall: list[Bar | None] = [
+        Bar(row.improvement["mean"], row.improvement["std"], row.values if len(row.runs) > 1 else []) for row in rows
+    ]
+    left = 0.2 + 0.085 * max(len(_short(row.name)) for row in rows)
+    draw = partial(_bars, rows=rows, label=label)
+    panels = [Panel("All primary tasks", partial(draw, bars=overall), _in_words(rows, overall), left, 0.15)]
+    for task in comparison.tasks:
+        found = [row.improvement.get("by_task", {}).get(task.name) for row in rows]
+        bars = [Bar(one["mean"], one["std"]) if one else None for one in found]
+        if any(bars):
+            panels.append(Panel(task.name, partial(draw, bars=bars), _in_words(rows, bars), left, 0.15))
+    return panels
+
+
+def weight_panels(comparison: Comparison, weights: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
+    """The weights in the encoder over the steps, one panel per row that has any."""
+    places = {task.name: index for index, task in enumerate(comparison.tasks)}
+    for curves in weights.values():  # tasks that a method added come after the dataset's
+        for task in curves:
+            places.setdefault(task, len(places))
+    panels = []
+    for row in comparison.rows:
+        if of_row := weights.get(row.name):
+            pooled = max(curve.pooled for curve in of_row.values())
+            x = "step" if pooled == 1 else f"step (means of {pooled}; band: least to most)"
+            draw = partial(_lines, curves=of_row, places=places, x=x, y="weight in the encoder", rule=1.0)
+            panels.append(Panel(row.name, draw, _ends_in_words("weights at the end", of_row)))
+    return panels
+
+
+def curve_panels(
+    comparison: Comparison, curves: Mapping[str, Mapping[str, Curve]], label: Callable[[TaskRecord], str]
+) -> list[Panel]:
+    """A curve per row over the epochs, one panel per task; `label` names the vertical axis."""
+    places = {row.name: index for index, row in enumerate(comparison.rows)}
+    panels = []
+    for task in comparison.tasks:
+        if of_task := curves.get(task.name):
+            draw = partial(_lines, curves=of_task, places=places, x="epoch", y=label(task))
+            panels.append(Panel(task.name, draw, _ends_in_words("at the end", of_task)))
+    return panels
+
+
+def svg(panel: Panel, name: str) -> str:
+    """A panel alone, as an SVG element to stand inside a page.
+
+    It needs no font, has no ground, and takes its colours from the page's CSS variables (`Style.variables`), so that
+    they follow the page's light or dark. `name` sets its ids apart from those of other panels.
+    """
+    figure = Figure(figsize=PANEL)
+    _place(figure, panel, 0, 0, top=0.04)
+    out = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with mpl.rc_context({"svg.hashsalt": "sidetask", "svg.fonttype": "path"}):
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    drawing = out.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<!--.*?-->\s*", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", drawing))
+    drawing = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", drawing)
+    for variable, colour in LIGHT.variables().items():
+        drawing = drawing.replace(colour.lower(), f"var(--{variable})")
+    return drawing
+
+
+def png(panels: Sequence[Panel], path: Path, *, title: str = "", columns: int = 3) -> Path:
+    """All panels in a grid on white; ``PANEL`` inches each at ``DPI`` dots per inch."""
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    head = 0.35 if title else 0.0
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + head), dpi=DPI, facecolor="white")
+    if title:
+        y = 1 - 0.5 * head / (PANEL[1] * rows + head)
+        figure.text(
+            0.15 / (PANEL[0] * columns), y, title.replace("$", r"\$"), color=LIGHT.ink, fontsize=12, va="center"
+        )
+    for index, panel in enumerate(panels):
+        ax = _place(figure, panel, index % columns, rows - 1 - index // columns, top=0.12)
+        ax.set_title(panel.title.replace("$", r"\$"), loc="left", color=LIGHT.ink, fontsize=11, fontweight="bold")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path
+
+
+def _place(figure: Figure, panel: Panel, column: int, row: int, top: float) -> Axes:
+    """Draw a panel into its cell, counted from the lower left, with room for what stands around the axes."""
+    width, height = figure.get_size_inches()
+    left, right, bottom = panel.left, panel.right, 0.5
+    ax = figure.add_axes(
+        (
+            (PANEL[0] * column + left) / width,
+            (PANEL[1] * row + bottom) / height,
+            (PANEL[0] - left - right) / width,
+            (PANEL[1] * (1 - top) - bottom) / height,
+        )
+    )
+    ax.patch.set_alpha(0)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(LIGHT.grid)
+    ax.tick_params(colors=LIGHT.muted, labelsize=9, length=0)
+    ax.grid(color=LIGHT.grid, linewidth=0.7)
+    ax.set_axisbelow(True)
+    panel.draw(ax)
+    return ax
+
+
+def _lines(
+    ax: Axes,
+    curves: Mapping[str, Curve],
+    places: Mapping[str, int],
+    x: str,
+    y: str,
+    rule: float | None = None,
+) -> None:
+    ax.set_xlabel(x, color=LIGHT.muted, fontsize=9)
+    ax.set_ylabel(y, color=LIGHT.muted, fontsize=9)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(6))
+    lowest = min(float(np.nanmin(curve.low)) for curve in curves.values())
+    highest = max(float(np.nanmax(curve.high)) for curve in curves.values())
+    if lowest > 0 and highest > 50 * lowest:
+        ax.set_yscale("log")
+    elif rule is not None and highest - lowest < 0.1:  # do not blow rounding errors up to a drama
+        ax.set_ylim(min(lowest, rule) - 0.1, max(highest, rule) + 0.1)
+    if rule is not None and lowest <= rule <= highest:
+        ax.axhline(rule, color=LIGHT.muted, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
+    ends = []
+    for name, curve in curves.items():
+        look = LIGHT.line(places[name])
+        if np.any(curve.high > curve.low):
+            ax.fill_between(curve.x, curve.low, curve.high, color=look["color"], alpha=0.16, linewidth=0)
+        marker = "o" if len(curve.x) == 1 else None
+        ax.plot(curve.x, curve.mean, linewidth=1.7, marker=marker, markersize=4, **look)
+        finite = np.flatnonzero(np.isfinite(curve.mean))
+        ends.append((name, float(curve.x[finite[-1]]), float(curve.mean[finite[-1]]), look["color"]))
+    _name_ends(ax, ends)
+
+
+def _name_ends(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write each line's name beside its end, moved apart where ends are close."""
+    # Positions are fractions of the axes' height; a line of text takes this much of it.
+    gap = 0.068
+    ax.autoscale_view()  # or transData would still be that of empty axes
+    to_axes = ax.transData + ax.transAxes.inverted()
+    places = sorted((float(to_axes.transform((x, y))[1]), name, (x, y), colour) for name, x, y, colour in ends)
+    heights = _spread([place[0] for place in places], gap)
+    for height, (_, name, point, colour) in zip(heights, places, strict=True):
+        ax.annotate(
+            _short(name),
+            xy=point,
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
+        )
+
+
+def _spread(places: Sequence[float], gap: float) -> list[float]:
+    """Ascending positions at least `gap` apart, near the given ones and, as far as they fit, within 0 and 1.
+
+    >>> [round(place, 2) for place in _spread([0.2, 0.5, 0.5], 0.1)]
+    [0.2, 0.45, 0.55]
+    >>> [round(place, 2) for place in _spread([0.97, 0.98], 0.1)]
+    [0.9, 1.0]
+    """
+    groups: list[tuple[float, int]] = []  # lines that touch: their centre, and how many
+    for place in places:
+        groups.append((place, 1))
+        while True:
+            centre, count = groups.pop()
+            half = gap * (count - 1) / 2
+            centre = min(max(centre, half), max(1 - half, half))
+            if not groups or centre - groups[-1][0] >= gap * (count + groups[-1][1]) / 2:
+                groups.append((centre, count))
+                break
+            below, fewer = groups.pop()
+            groups.append(((below * fewer + centre * count) / (fewer + count), fewer + count))
+    return [centre + gap * (index - (count - 1) / 2) for centre, count in groups for index in range(count)]
+
+
+def _bars(ax: Axes, rows: Sequence[RowRecord], bars: Sequence[Bar | None], label: str) -> None:
+    ax.set_xlabel(label, color=LIGHT.muted, fontsize=9)
+    ax.grid(visible=False, axis="y")
+    ax.axvline(0, color=LIGHT.muted, linewidth=1)
+    reach = max((abs(bar.mean) + (bar.std or 0) for bar in bars if bar), default=0.0) or 1.0
+    for index, bar in enumerate(bars):
+        if bar is None:
+            continue
+        ax.barh(index, bar.mean, height=0.62, color=LIGHT.line(index)["color"], alpha=0.85, linewidth=0)
+        if bar.std is not None:
+            ax.errorbar(bar.mean, index, xerr=bar.std, color=LIGHT.ink, linewidth=1.2, capsize=3)
+        ax.plot(bar.seeds, [index] * len(bar.seeds), "o", color=LIGHT.ink, markersize=2.6, alpha=0.75)
+        ax.annotate(
+            f"{bar.mean:+.1f}",
+            (max([bar.mean + (bar.std or 0), *bar.seeds]) + 0.03 * reach, index)
+            if bar.mean >= 0
+            else (min([bar.mean - (bar.std or 0), *bar.seeds]) - 0.03 * reach, index),
+            color=LIGHT.ink,
+            fontsize=9,
+            va="center",
+            ha="left" if bar.mean >= 0 else "right",
+        )
+    ax.set_yticks(range(len(rows)), [_short(row.name) for row in rows], color=LIGHT.ink)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.margins(x=0.18)
+
+
+def _in_words(rows: Sequence[RowRecord], bars: Sequence[Bar | None]) -> str:
+    return "; ".join(f"{row.name} {bar.mean:+.1f} %" for row, bar in zip(rows, bars, strict=True) if bar)
+
+
+def _ends_in_words(what: str, curves: Mapping[str, Curve]) -> str:
+    parts = [f"{name} {curve.mean[np.isfinite(curve.mean)][-1]:.3g}" for name, curve in curves.items()]
+    return f"{what}: {'; '.join(parts)}"
+
+
+def _short(name: str, limit: int = 16) -> str:
+    """A name that fits beside a panel; a dollar sign would begin mathematics."""
+    return (name if len(name) <= limit else name[: limit - 1] + "…").replace("$", r"\$")

@@ -1,0 +1,225 @@
+"""Reads a finished comparison: its summary, and the curves that its runs recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+# More points than this on a panel a few hundred pixels wide would only overprint each other.
+_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line with a band: `mean`, between `low` and `high`, at `x`; a point pools `pooled` values of every run."""
+
+    x: Array
+    mean: Array
+    low: Array
+    high: Array
+    pooled: int = 1
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A task of a comparison: metric name to whether more is better, the headline metric first."""
+
+    name: str
+    primary: bool
+    metrics: dict[str, bool]
+
+    @property
+    def headline(self) -> str | None:
+        """The metric that curves show."""
+        return next(iter(self.metrics), None)
+
+
+@dataclass(frozen=True)
+class RowRecord:
+    """A row of a comparison: test metrics over its seeds, and its improvement in percent against the baseline."""
+
+    name: str
+    method: str
+    runs: list[dict[str, Any]]
+    mean: dict[str, dict[str, float]]
+    std: dict[str, dict[str, float | None]]
+    improvement: dict[str, Any]
+
+    @property
+    def values(self) -> list[float]:
+        """The improvement of every seed, in percent."""
+        return [float(value) for value in self.improvement["values"]]
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over the seeds; None if a run did not record it."""
+        times = [run.get("seconds_per_step") for run in self.runs]
+        known = [float(time) for time in times if time is not None]
+        return sum(known) / len(known) if known and len(known) == len(times) else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``comparison.json`` says, with the folder that it lies in."""
+
+    folder: Path
+    name: str
+    baseline: str
+    definition: str
+    tasks: list[TaskRecord]
+    rows: list[RowRecord]
+    versions: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
+
+    @property
+    def seeds(self) -> int:
+        """The seeds of the row that has most."""
+        return max(len(row.runs) for row in self.rows)
+
+
+def load(folder: Path | str) -> Comparison:
+    """Read ``comparison.json`` of a comparison's folder.
+
+    Raises:
+        FileNotFoundError: if the folder holds no comparison.
+        ValueError: if the file has no rows, or lacks a key (the error names it).
+    """
+    folder = Path(folder)
+    path = folder / "comparison.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; `sidetask compare` writes it")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        tasks = [
+            TaskRecord(
+                task["name"],
+                task.get("primary", True),
+                {name: bool(about["higher_is_better"]) for name, about in task["metrics"].items()},
+            )
+            for task in data["tasks"]
+        ]
+        rows = [
+            RowRecord(
+                row["name"],
+                _described(row.get("method", row["name"])),
+                row["runs"],
+                row["mean"],
+                row["std"],
+                row["improvement"],
+            )
+            for row in data["rows"]
+        ]
+        baseline, definition = data["baseline"], data["improvement"]
+    except KeyError as error:
+        raise ValueError(f"{path}: the comparison has no {error.args[0]!r}") from error
+    if not rows:
+        raise ValueError(f"{path}: the comparison has no rows")
+    return Comparison(
+        folder,
+        data.get("name", folder.name),
+        baseline,
+        definition,
+        tasks,
+        rows,
+        data.get("versions", {}),
+        data.get("config", {}),
+        data.get("command"),
+    )
+
+
+def losses(comparison: Comparison) -> dict[str, dict[str, Curve]]:
+    """Task to row to the training loss per epoch: mean and standard deviation over the seeds."""
+    return _per_epoch(comparison, lambda line, task: line.get("losses", {}).get(task.name))
+
+
+def validation(comparison: Comparison) -> dict[str, dict[str, Curve]]:
+    """Task to row to the headline metric per epoch: mean and standard deviation over the seeds."""
+    return _per_epoch(
+        comparison,
+        lambda line, task: line.get("validation", {}).get(task.name, {}).get(task.headline),
+    )
+
+
+def weights(comparison: Comparison) -> dict[str, dict[str, Curve]]:
+    """Row to task to the weight in the encoder per step: means of equal stretches of steps, over all seeds.
+
+    The band is what the weights really did in a stretch: from the smallest to the largest of any step and seed. A row
+    whose rule combines gradients without weights has no task here.
+    """
+    result: dict[str, dict[str, Curve]] = {}
+    for row in comparison.rows:
+        series: dict[str, list[list[float]]] = {}
+        for run in row.runs:
+            of_run: dict[str, list[float]] = {}
+            for line in _lines(comparison.folder / run["folder"] / "weights.jsonl"):
+                for task, weight in line.get("encoder", {}).items():
+                    of_run.setdefault(task, []).append(_number(weight))
+            for task, values in of_run.items():
+                series.setdefault(task, []).append(values)
+        result[row.name] = {task: _pooled(values) for task, values in series.items()}
+    return result
+
+
+def _per_epoch(comparison: Comparison, read: Any) -> dict[str, dict[str, Curve]]:
+    result: dict[str, dict[str, Curve]] = {task.name: {} for task in comparison.tasks}
+    for row in comparison.rows:
+        runs = [list(_lines(comparison.folder / run["folder"] / "metrics.jsonl")) for run in row.runs]
+        length = min((len(run) for run in runs), default=0)
+        if not length:
+            continue
+        epochs = np.array([float(line["epoch"]) for line in runs[0][:length]])
+        for task in comparison.tasks:
+            values = np.array([[_number(read(line, task)) for line in run[:length]] for run in runs])
+            if np.isfinite(values).any():
+                result[task.name][row.name] = _over_seeds(epochs, values)
+    return result
+
+
+def _over_seeds(x: Array, values: Array) -> Curve:
+    mean = values.mean(axis=0)
+    spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
+    return Curve(x, mean, mean - spread, mean + spread)
+
+
+def _pooled(series: list[list[float]]) -> Curve:
+    length = min(len(values) for values in series)
+    table = np.array([values[:length] for values in series])
+    pooled = max(1, math.ceil(length / _POINTS))
+    stretches = [table[:, start : start + pooled] for start in range(0, length, pooled)]
+    return Curve(
+        np.array(
+            [start + (part.shape[1] + 1) / 2 for start, part in zip(range(0, length, pooled), stretches, strict=True)]
+        ),
+        np.array([part.mean() for part in stretches]),
+        np.array([part.min() for part in stretches]),
+        np.array([part.max() for part in stretches]),
+        pooled,
+    )
+
+
+def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The records of a file of JSON lines; none if it does not exist."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _described(method: Any) -> str:
+    return method if isinstance(method, str) else json.dumps(method)

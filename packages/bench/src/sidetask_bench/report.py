@@ -1,0 +1,227 @@
+"""Writes the report of a comparison: one HTML file that needs nothing else, and pictures for slides."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from sidetask_bench import gallery as galleries
+from sidetask_bench import plots, records
+from sidetask_bench.document import dump
+from sidetask_bench.records import Comparison, RowRecord, TaskRecord
+from sidetask_bench.schema import ExperimentError
+from sidetask_bench.verdict import verdict
+
+# Metric name to how people call it, and its unit.
+_METRICS = {
+    "mIoU": ("mean IoU", ""),
+    "accuracy": ("accuracy", ""),
+    "absolute": ("absolute error", ""),
+    "relative": ("relative error", ""),
+    "rmse": ("RMSE", ""),
+    "mean": ("mean angle", "°"),
+    "median": ("median angle", "°"),
+    "within 11.25": ("within 11.25°", ""),
+    "within 22.5": ("within 22.5°", ""),
+    "within 30": ("within 30°", ""),
+    "odsF": ("ODS F", ""),
+}
+_METRES = {("depth", "absolute"), ("depth", "rmse")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of the table: its text, its standard deviation's, whether it is its column's best."""
+
+    text: str
+    std: str | None = None
+    best: bool = False
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of a task, with a cell per row."""
+
+    task: TaskRecord
+    metric: str
+    label: str
+    arrow: str
+    cells: list[Cell]
+
+
+def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
+    """Write ``report.html`` and ``pictures/*.png`` into a comparison's folder.
+
+    Args:
+        folder: holds ``comparison.json`` and the runs it names.
+        gallery: pictures of predictions; None collects them from the runs' trained networks. Where that cannot be
+            done, the report says why and has no gallery.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        FileNotFoundError: if the folder holds no comparison.
+        ValueError: if the comparison lacks what a report needs.
+    """
+    comparison = records.load(folder)
+    missing = None
+    if gallery is None:
+        try:
+            gallery = galleries.collect(comparison)
+        except (ExperimentError, OSError, ValueError, LookupError) as error:
+            missing = str(error)
+    weights = records.weights(comparison)
+    groups = {
+        "improvement": plots.improvement_panels(comparison),
+        "weights": plots.weight_panels(comparison, weights),
+        "losses": plots.curve_panels(comparison, records.losses(comparison), lambda task: "training loss"),
+        "validation": plots.curve_panels(comparison, records.validation(comparison), _headline_label),
+    }
+    pictures = comparison.folder / "pictures"
+    for name, panels in groups.items():
+        if panels:
+            plots.png(panels, pictures / f"{name}.png", title=f"{comparison.name}: {_TITLES[name]}")
+    if gallery and gallery.strips:
+        galleries.png(gallery, pictures / "gallery.png")
+    environment = Environment(
+        loader=PackageLoader("sidetask_bench"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["picture"] = _png_uri
+    columns = table(comparison)
+    page = environment.get_template("report.html.j2").render(
+        comparison=comparison,
+        sentences=verdict(comparison),
+        headline=[column for column in columns if column.metric == column.task.headline],
+        columns=columns,
+        improvement=_improvement_cells(comparison),
+        times=_time_cells(comparison),
+        light=plots.LIGHT.variables(),
+        dark=plots.DARK.variables(),
+        colours=len(plots.LIGHT.colours),
+        panels={
+            name: [(panel, Markup(plots.svg(panel, f"{name}{i}"))) for i, panel in enumerate(panels)]
+            for name, panels in groups.items()
+        },
+        unweighted=[row.name for row in comparison.rows if not weights[row.name]],
+        gallery=gallery if gallery and gallery.strips else None,
+        no_gallery=missing,
+        config=dump(comparison.config) if comparison.config else "",
+    )
+    path = comparison.folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+_TITLES = {
+    "improvement": "relative improvement on the test split (bar: mean, whisker: ± std over seeds)",
+    "weights": "weights in the encoder over training",
+    "losses": "training losses (band: ± std over seeds)",
+    "validation": "validation metrics (band: ± std over seeds)",
+}
+
+
+def table(comparison: Comparison) -> list[Column]:
+    """The test metrics, a column per task and metric, best cells marked."""
+    columns = []
+    for task in comparison.tasks:
+        for metric, higher in task.metrics.items():
+            means = [_finite(row.mean.get(task.name, {}).get(metric)) for row in comparison.rows]
+            stds = [_finite(row.std.get(task.name, {}).get(metric)) for row in comparison.rows]
+            label = _label(task.name, metric)
+            columns.append(Column(task, metric, label, "↑" if higher else "↓", _cells(means, stds, higher)))
+    return columns
+
+
+def _cells(means: list[float | None], stds: list[float | None], higher: bool) -> list[Cell]:
+    known = [mean for mean in means if mean is not None]
+    if not known:
+        return [Cell("–") for _ in means]
+    largest = max(abs(mean) for mean in known)
+    # Four significant digits of the largest, and as many decimals for all: columns line up.
+    decimals = 3 if largest == 0 else min(8, max(0, 3 - math.floor(math.log10(largest))))
+    best = max(known) if higher else min(known)
+    return [
+        Cell("–")
+        if mean is None
+        else Cell(
+            f"{mean:.{decimals}f}",
+            None if std is None else f"{std:.{decimals}f}",
+            mean == best and len(known) > 1,
+            mean,
+        )
+        for mean, std in zip(means, stds, strict=True)
+    ]
+
+
+def _improvement_cells(comparison: Comparison) -> list[Cell]:
+    best = max(fmean(row.values) for row in comparison.rows)
+    return [
+        Cell(
+            _signed(row.improvement["mean"]),
+            None if row.improvement["std"] is None else f"{row.improvement['std']:.2f}",
+            fmean(row.values) == best and len(comparison.rows) > 1,
+            row.improvement["mean"],
+        )
+        for row in comparison.rows
+    ]
+
+
+def _time_cells(comparison: Comparison) -> tuple[str, list[Cell]] | None:
+    """The seconds per step as a ratio to the row called equal; without it, in milliseconds; None if not recorded."""
+    times = [row.seconds_per_step for row in comparison.rows]
+    if not any(times):
+        return None
+    unit = next((row.seconds_per_step for row in comparison.rows if _is_equal(row)), None)
+    if unit:
+        return "step time, × equal", [
+            Cell("–") if t is None else Cell(f"{t / unit:.2f}", value=t / unit) for t in times
+        ]
+    return "step time, ms", [Cell("–") if t is None else Cell(f"{1000 * t:.1f}", value=1000 * t) for t in times]
+
+
+def _is_equal(row: RowRecord) -> bool:
+    return row.name == "equal"
+
+
+def _label(task: str, metric: str) -> str:
+    name, unit = _METRICS.get(metric, (metric, ""))
+    unit = "m" if (task, metric) in _METRES else unit
+    return f"{name} ({unit})" if unit else name
+
+
+def _headline_label(task: TaskRecord) -> str:
+    if task.headline is None:
+        return ""
+    arrow = "higher" if task.metrics[task.headline] else "lower"
+    return f"{_label(task.name, task.headline)}, {arrow} is better"
+
+
+def _png_uri(pixels: galleries.Pixels) -> str:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(out, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−") if abs(value) >= 0.005 else "0.00"
+
+
+def _finite(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)

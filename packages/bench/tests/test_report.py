@@ -1,0 +1,328 @@
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from statistics import fmean, stdev
+
+import numpy as np
+import pytest
+from PIL import Image
+from sidetask_bench import plots, records, report
+from sidetask_bench.gallery import Gallery, Legend, Picture, Strip
+
+TASKS = {
+    "segmentation": {"mIoU": True, "accuracy": True},
+    "depth": {"absolute": False, "rmse": False},
+    "normals": {"mean": False, "within 30": True},
+}
+HOSTILE = "<script>alert(1)</script>"
+
+
+def make(folder, rows=("single", "equal", "pcgrad"), seeds=(0, 1, 2), steps=450, epochs=5, combiners=()):
+    """A comparison's folder, as if trained, and its summary."""
+    generator = np.random.default_rng(0)
+    summary = []
+    for number, row in enumerate(rows):
+        runs = []
+        for seed in seeds:
+            place = folder / f"row{number}" / f"seed{seed}"
+            place.mkdir(parents=True)
+            decay = np.exp(-np.arange(epochs) / 2)
+            lines = [
+                {
+                    "epoch": epoch,
+                    "losses": {task: float(decay[epoch] + 0.1 * generator.random()) for task in TASKS},
+                    "validation": {
+                        task: {metric: float(1 - decay[epoch] + 0.05 * generator.random()) for metric in metrics}
+                        for task, metrics in TASKS.items()
+                    },
+                    "lr": 0.1,
+                    "seconds": 1.0,
+                }
+                for epoch in range(epochs)
+            ]
+            (place / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+            encoder = {} if row in combiners else dict.fromkeys(TASKS, 1.0 + 0.3 * number)
+            lines = [
+                {
+                    "step": step,
+                    "epoch": 0,
+                    "losses": dict.fromkeys(TASKS, 1.0),
+                    "encoder": {task: w + 0.2 * float(generator.random()) for task, w in encoder.items()},
+                    "decoder": {},
+                }
+                for step in range(steps)
+            ]
+            (place / "weights.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+            test = {
+                task: {
+                    metric: float((0.5 + 0.03 * number + 0.01 * generator.random()) * (40 if metric == "mean" else 1))
+                    for metric in metrics
+                }
+                for task, metrics in TASKS.items()
+            }
+            runs.append(
+                {
+                    "seed": seed,
+                    "folder": f"row{number}/seed{seed}",
+                    "test": test,
+                    "seconds_per_step": 0.05 * (1 + number),
+                }
+            )
+        values = [2.0 * number + 0.3 * float(generator.standard_normal()) for _ in seeds]
+
+        def spread(found):
+            return stdev(found) if len(found) > 1 else None
+
+        def over(summarise, runs=runs):
+            return {
+                task: {metric: summarise([run["test"][task][metric] for run in runs]) for metric in metrics}
+                for task, metrics in TASKS.items()
+            }
+
+        summary.append(
+            {
+                "name": row,
+                "method": row,
+                "runs": runs,
+                "mean": over(fmean),
+                "std": over(spread),
+                "improvement": {
+                    "mean": fmean(values),
+                    "std": spread(values),
+                    "values": values,
+                    "by_task": {task: {"mean": fmean(values), "std": spread(values)} for task in TASKS},
+                },
+            }
+        )
+    data = {
+        "name": "synthetic",
+        "baseline": rows[0],
+        "improvement": "mean-of-tasks",
+        "tasks": [
+            {
+                "name": task,
+                "primary": task != "normals",
+                "metrics": {metric: {"higher_is_better": up} for metric, up in metrics.items()},
+            }
+            for task, metrics in TASKS.items()
+        ],
+        "rows": summary,
+        "versions": {"sidetask-core": "0.1.0", "torch": "2.6.0"},
+        "config": {"name": "synthetic", "training": {"epochs": epochs}},
+        "command": "sidetask compare synthetic.yaml",
+    }
+    (folder / "comparison.json").write_text(json.dumps(data))
+    return data
+
+
+def pictures(rows=("single", "equal")):
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    shown = [Picture("input", pixels), Picture("truth", pixels)]
+    strips = [Strip("depth", index, [*shown, *(Picture(row, pixels, "wrong") for row in rows)]) for index in (1, 5)]
+    return Gallery(strips, {"depth": Legend("black has no label", [(HOSTILE, "#010203")], pixels, (0.0, 9.5))})
+
+
+class Page(HTMLParser):
+    """Tags, attributes and the cells of every table of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.links, self.tables, self._cell = [], [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for key, value in attrs if key.split(":")[-1] in {"src", "href", "srcset", "action"}]
+        self.ids += [value for key, value in attrs if key == "id"]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in {"td", "th"}:
+            self._cell = ""
+
+    def handle_endtag(self, tag):
+        if tag in {"td", "th"}:
+            self.tables[-1][-1].append(" ".join(self._cell.split()))
+            self._cell = None
+
+    def handle_data(self, data):
+        if self._cell is not None:
+            self._cell += data
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison")
+    data = make(folder, rows=("single", "equal", HOSTILE), combiners=(HOSTILE,))
+    path = report.write(folder, pictures())
+    return folder, data, path.read_text(encoding="utf-8")
+
+
+def test_report_needs_nothing_but_itself(written):
+    page = Page(written[2])
+    assert page.links
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert "@import" not in written[2]
+    assert not re.search(r"url\((?!#)", written[2])
+    assert set(re.findall(r"https?://[^\"' >]*", written[2])) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }  # names of XML vocabularies, which nothing opens
+    assert not {"link", "iframe", "script", "object"} & set(page.tags)
+    assert len(page.ids) == len(set(page.ids)), "charts keep to their own ids"
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+
+
+def test_names_are_escaped(written):
+    text = written[2]
+    assert HOSTILE not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_report_names_every_row_task_and_metric(written):
+    _, data, text = written
+    page = Page(text)
+    first = page.tables[0]
+    assert [row[0] for row in first[1:]] == ["single baseline", "equal", HOSTILE]
+    assert all(len(row) == 2 + len(TASKS) + 1 for row in first)
+    headers = " ".join(cell for table in page.tables for cell in table[0])
+    for label in ("mean IoU", "accuracy", "absolute error (m)", "RMSE (m)", "mean angle (°)", "within 30°"):
+        assert label in headers
+    for task in TASKS:
+        assert task in headers
+    assert data["command"] in text
+
+
+def test_numbers_are_those_of_the_comparison(written):
+    _, data, text = written
+    table = Page(text).tables[0]
+    for index, (cells, row) in enumerate(zip(table[1:], data["rows"], strict=True)):
+        wanted = [(row["improvement"]["mean"], row["improvement"]["std"])]
+        for task, metrics in TASKS.items():
+            metric = next(iter(metrics))
+            wanted.append((row["mean"][task][metric], row["std"][task][metric]))
+        wanted.append(((1 + index) / 2,))  # a step takes 0.05 · (1 + index) seconds, and equal is the second row
+        for cell, numbers in zip(cells[1:], wanted, strict=True):
+            shown = cell.replace("−", "-").split(" ± ")
+            decimals = len(shown[0].partition(".")[2])
+            assert [float(text) for text in shown] == [float(f"{number:.{decimals}f}") for number in numbers]
+    exact = {float(value) for value in re.findall(r'data-value="([^"]+)"', text)}
+    for row in data["rows"]:
+        for task, metrics in TASKS.items():
+            assert {row["mean"][task][metric] for metric in metrics} <= exact
+
+
+def test_the_best_of_a_column_follows_the_direction(tmp_path):
+    data = make(tmp_path)
+    for column in report.table(records.load(tmp_path)):
+        means = [row["mean"][column.task.name][column.metric] for row in data["rows"]]
+        best = max(means) if TASKS[column.task.name][column.metric] else min(means)
+        assert [cell.best for cell in column.cells] == [mean == best for mean in means]
+        assert column.arrow == ("↑" if TASKS[column.task.name][column.metric] else "↓")
+
+
+def test_pictures_have_the_size_they_should(written):
+    folder = written[0]
+    width, height = (round(side * plots.DPI) for side in plots.PANEL)
+    sizes = {}
+    for name in ("improvement", "weights", "losses", "validation", "gallery"):
+        with Image.open(folder / "pictures" / f"{name}.png") as image:
+            sizes[name] = image.size
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10, f"{name} is empty"
+    head = round(0.35 * plots.DPI)
+    assert sizes["losses"] == sizes["validation"] == pytest.approx((3 * width, height + head), abs=2)
+    assert sizes["improvement"] == pytest.approx((3 * width, 2 * height + head), abs=2)
+    assert sizes["weights"] == pytest.approx((2 * width, height + head), abs=2)  # a combiner has no panel
+
+
+def test_a_method_without_weights_is_named(written):
+    text = re.sub(r"\s+", " ", written[2])
+    assert "No weights to draw" in text
+    assert text.split("No weights to draw")[1].split("</p>")[0].endswith(": &lt;script&gt;alert(1)&lt;/script&gt;.")
+
+
+def test_one_seed_has_no_spread(tmp_path):
+    make(tmp_path, rows=("single", "equal"), seeds=(0,), steps=3, epochs=1)
+    text = report.write(tmp_path, pictures()).read_text(encoding="utf-8")
+    assert "One seed per row says nothing about chance" in text
+    assert not any("±" in cell for table in Page(text).tables for row in table for cell in row)
+    assert "whisker" not in text
+
+
+def test_without_networks_the_report_says_so(tmp_path):
+    make(tmp_path, rows=("single", "equal"), seeds=(0,), steps=3, epochs=2)
+    assert "No gallery: " in report.write(tmp_path).read_text(encoding="utf-8")
+    assert not (tmp_path / "pictures" / "gallery.png").exists()
+
+
+def test_gaps_become_dashes(tmp_path):
+    data = make(tmp_path, rows=("single", "equal"), seeds=(0, 1), steps=3, epochs=2)
+    data["rows"][1]["mean"]["depth"]["absolute"] = None
+    data["rows"][1]["std"]["depth"]["absolute"] = None
+    (tmp_path / "comparison.json").write_text(json.dumps(data))
+    for run in data["rows"][0]["runs"]:
+        (tmp_path / run["folder"] / "metrics.jsonl").unlink()
+        (tmp_path / run["folder"] / "weights.jsonl").unlink()
+    table = Page(report.write(tmp_path, pictures()).read_text(encoding="utf-8")).tables[0]
+    assert table[2][3] == "–"
+
+
+def test_nothing_global_changes(tmp_path):
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    make(tmp_path, rows=("single", "equal"), seeds=(0,), steps=3, epochs=2)
+    report.write(tmp_path, pictures())
+    assert dict(mpl.rcParams) == before
+
+
+def test_weights_keep_their_mean_and_their_extremes(tmp_path):
+    data = make(tmp_path, steps=450)
+    curve = records.weights(records.load(tmp_path))["equal"]["depth"]
+    raw = []
+    for run in data["rows"][1]["runs"]:
+        lines = (tmp_path / run["folder"] / "weights.jsonl").read_text().splitlines()
+        raw.append([json.loads(line)["encoder"]["depth"] for line in lines])
+    assert curve.pooled == 3
+    assert len(curve.x) == 150
+    np.testing.assert_allclose(curve.mean, np.reshape(raw, (3, 150, 3)).mean(axis=(0, 2)))
+    assert curve.low.min() == np.min(raw)
+    assert curve.high.max() == np.max(raw)
+
+
+def test_curves_are_means_over_seeds(tmp_path):
+    data = make(tmp_path)
+    curve = records.validation(records.load(tmp_path))["depth"]["pcgrad"]
+    raw = []
+    for run in data["rows"][2]["runs"]:
+        lines = (tmp_path / run["folder"] / "metrics.jsonl").read_text().splitlines()
+        raw.append([json.loads(line)["validation"]["depth"]["absolute"] for line in lines])
+    np.testing.assert_allclose(curve.mean, np.mean(raw, axis=0))
+    np.testing.assert_allclose(curve.high - curve.mean, np.std(raw, axis=0, ddof=1))
+
+
+@pytest.mark.parametrize(("change", "message"), [("tasks", "no 'tasks'"), ("baseline", "no 'baseline'")])
+def test_a_comparison_that_lacks_something(tmp_path, change, message):
+    data = make(tmp_path, rows=("single",), seeds=(0,), steps=1, epochs=1)
+    del data[change]
+    (tmp_path / "comparison.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message):
+        report.write(tmp_path)
+
+
+def test_no_comparison(tmp_path):
+    with pytest.raises(FileNotFoundError, match="sidetask compare"):
+        report.write(tmp_path)
+
+
+def test_spread_keeps_order_and_distance():
+    generator = np.random.default_rng(1)
+    for count in (1, 2, 7):
+        places = sorted(generator.random(count))
+        moved = plots._spread(places, 0.1)
+        assert all(b - a > 0.1 - 1e-9 for a, b in itertools.pairwise(moved))
+        assert all(-1e-9 < place < 1 + 1e-9 for place in moved)
+    assert plots._spread([0.0, 0.5, 1.0], 0.1) == [0.0, 0.5, 1.0]
+    assert plots._spread([0.4, 0.4], 0.1) == pytest.approx([0.35, 0.45])

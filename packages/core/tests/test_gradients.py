@@ -263,8 +263,9 @@ def test_two_processes_equal_one(kind, combiner, unequal):
 
 def own_inputs_share(kind, rank, world):
     model, (tasks, batch) = problem("half-shared"), with_own_inputs()
-    batch = Batch({k: x[rank::world] for k, x in batch.inputs.items()},
-                  {k: y[rank::world] for k, y in batch.targets.items()})
+    batch = Batch(
+        {k: x[rank::world] for k, x in batch.inputs.items()}, {k: y[rank::world] for k, y in batch.targets.items()}
+    )
     step = Step(model, tasks, Method(encoder=Reads(tasks, kind)))
     step.backward(batch)
     return gradients(model)
@@ -289,5 +290,6 @@ def unused_share(rank, world):
 
 def test_a_parameter_no_process_reaches_keeps_no_gradient():
     whole = unused_share(0, 1)
-    assert whole["shared.unused.weight"] and not whole["heads.c.late.weight"]
+    assert whole["shared.unused.weight"]
+    assert not whole["heads.c.late.weight"]
     assert in_two_processes(unused_share) == [whole, whole]

@@ -140,7 +140,7 @@ def test_task_gradients_behind_a_shared_branch_cost_one_branch_pass_per_task():
 def test_batch_statistics_move_once():
     for read in [*CHEAP.values(), lambda s: s.gramian("parameters")]:
         model, tasks, batch = setting(3)
-        reference = nn.Sequential(*[layer for layer in setting(3)[0].shared])
+        reference = nn.Sequential(*list(setting(3)[0].shared))
         reference.load_state_dict(model.shared.state_dict())
         reference(batch.inputs)
         Step(model, tasks, Method(encoder=Reads(tasks, read))).backward(batch)
@@ -157,4 +157,5 @@ def test_nothing_is_computed_twice():
     first, second = Reads(tasks, read), Reads(tasks, read)
     passes = count(model, tasks, batch, Method(encoder=first, decoder=second))
     assert passes.backward == {ENCODER: 3, HEAD: 3}
-    assert seen[0][0] is seen[1][0] and seen[0][1] is seen[1][1]
+    assert seen[0][0] is seen[1][0]
+    assert seen[0][1] is seen[1][1]

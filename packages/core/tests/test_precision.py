@@ -53,7 +53,8 @@ def test_bfloat16_autocast(at):
     half = Records(tasks, at)
     with torch.autocast("cpu", torch.bfloat16):
         report = Step(model, tasks, Method(encoder=half)).backward(batch)
-    assert half.seen[0].dtype == torch.float32 and report.losses["a"].dtype == torch.float32
+    assert half.seen[0].dtype == torch.float32
+    assert report.losses["a"].dtype == torch.float32
     torch.testing.assert_close(half.seen[0], rule.seen[0], rtol=0.03, atol=0.03 * rule.seen[0].abs().max().item())
     assert cosine(grads(model), plain) > 0.999
     torch.testing.assert_close(grads(model).norm(), plain.norm(), rtol=0.02, atol=0)

@@ -11,4 +11,4 @@ from sidetask_baselines.rlw import RLW
 from sidetask_baselines.simplex import SolverFailure
 from sidetask_baselines.uncertainty import Uncertainty
 
-__all__ = ["CAGrad", "DWA", "Equal", "Fixed", "GradDrop", "MGDA", "PCGrad", "RLW", "SolverFailure", "Uncertainty"]
+__all__ = ["DWA", "MGDA", "RLW", "CAGrad", "Equal", "Fixed", "GradDrop", "PCGrad", "SolverFailure", "Uncertainty"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import brentq
-from sidetask_core import Equal, Method, Task
+from sidetask_core import Equal, Method, Place, Task
 
 from sidetask_baselines.gramian import GramianWeighting
 from sidetask_baselines.simplex import SolverFailure, min_norm_weights, vectors
@@ -30,7 +30,7 @@ class CAGrad(GramianWeighting):
     """
 
     def __init__(
-        self, tasks: Sequence[Task], *, at: str = "parameters", c: float = 0.4, rescale: bool = False
+        self, tasks: Sequence[Task], *, at: Place = "parameters", c: float = 0.4, rescale: bool = False
     ) -> None:
         super().__init__(tasks, at=at)
         if not 0 <= c < 1:
@@ -77,8 +77,6 @@ def conflict_averse(gramian: np.ndarray, c: float) -> np.ndarray:
     return even + radius / s * shortest(s)
 
 
-def cagrad(
-    tasks: Sequence[Task], *, at: str = "parameters", c: float = 0.4, rescale: bool = False
-) -> Method:
+def cagrad(tasks: Sequence[Task], *, at: Place = "parameters", c: float = 0.4, rescale: bool = False) -> Method:
     """CAGrad for the shared parameters; task-specific ones keep their own gradients, as in the paper."""
     return Method(encoder=CAGrad(tasks, at=at, c=c, rescale=rescale), decoder=Equal(tasks))

@@ -72,8 +72,6 @@ class DWA(Weighting):
         self.steps, self.closed, self.current = state["steps"], state["closed"], state["current"]
 
 
-def dwa(
-    tasks: Sequence[Task], *, window: int | Literal["epoch"] = "epoch", temperature: float = 2.0
-) -> Method:
+def dwa(tasks: Sequence[Task], *, window: int | Literal["epoch"] = "epoch", temperature: float = 2.0) -> Method:
     """Dynamic weight average above and below the cut."""
     return Method(encoder=DWA(tasks, window=window, temperature=temperature))

@@ -1,11 +1,11 @@
-"""GradDrop: Chen et al., "Just pick a sign: optimizing deep multitask models with gradient sign dropout", NeurIPS 2020."""
+"""GradDrop: Chen et al., "Just pick a sign: optimizing deep multitask models", NeurIPS 2020."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from sidetask_core import Combiner, Equal, Method, MissingKey, Signals, Task, parallel
+from sidetask_core import Combiner, Equal, Method, MissingKey, Place, Signals, Task, parallel
 from torch import Tensor
 
 
@@ -35,7 +35,7 @@ class GradDrop(Combiner):
         self,
         tasks: Sequence[Task],
         *,
-        at: str = "features",
+        at: Place = "features",
         leak: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
@@ -86,7 +86,7 @@ def pick_sign(compared: Tensor, gradients: Tensor, leak: Tensor, draws: torch.Ge
 def graddrop(
     tasks: Sequence[Task],
     *,
-    at: str = "features",
+    at: Place = "features",
     leak: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Method:

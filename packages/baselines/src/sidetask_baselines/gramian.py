@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sidetask_core import Signals, Task, Weighting
+from sidetask_core import Place, Signals, Task, Weighting
 from torch import Tensor
 
 
@@ -21,7 +21,7 @@ class GramianWeighting(Weighting):
         seed: of the rule's generator.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, at: str, seed: int = 0) -> None:
+    def __init__(self, tasks: Sequence[Task], *, at: Place, seed: int = 0) -> None:
         super().__init__(tasks, seed=seed)
         if at not in ("features", "parameters"):
             raise ValueError(f"at must be 'features' or 'parameters', not {at!r}")

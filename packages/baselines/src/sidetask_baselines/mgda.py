@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sidetask_core import Equal, Method, Signals, Task
+from sidetask_core import Equal, Method, Place, Signals, Task
 from torch import Tensor
 
 from sidetask_baselines.gramian import GramianWeighting
@@ -34,7 +34,7 @@ class MGDA(GramianWeighting):
     """
 
     def __init__(
-        self, tasks: Sequence[Task], *, at: str = "features", normalization: str = "none", scale: str = "sum"
+        self, tasks: Sequence[Task], *, at: Place = "features", normalization: str = "none", scale: str = "sum"
     ) -> None:
         super().__init__(tasks, at=at)
         if normalization not in ("none", "norm", "loss", "loss+"):
@@ -59,8 +59,6 @@ class MGDA(GramianWeighting):
         return self.total * min_norm_weights(vectors(gramian))
 
 
-def mgda(
-    tasks: Sequence[Task], *, at: str = "features", normalization: str = "none", scale: str = "sum"
-) -> Method:
+def mgda(tasks: Sequence[Task], *, at: Place = "features", normalization: str = "none", scale: str = "sum") -> Method:
     """MGDA for the shared parameters; task-specific ones keep their own gradients."""
     return Method(encoder=MGDA(tasks, at=at, normalization=normalization, scale=scale), decoder=Equal(tasks))

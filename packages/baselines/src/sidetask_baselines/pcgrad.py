@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sidetask_core import Equal, Method, Task
+from sidetask_core import Equal, Method, Place, Task
 
 from sidetask_baselines.gramian import GramianWeighting
 
@@ -23,7 +23,7 @@ class PCGrad(GramianWeighting):
         seed: of the generator that draws the order of the projections, anew for every task and step.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, at: str = "parameters", seed: int = 0) -> None:
+    def __init__(self, tasks: Sequence[Task], *, at: Place = "parameters", seed: int = 0) -> None:
         super().__init__(tasks, at=at, seed=seed)
 
     def solve(self, gramian: np.ndarray) -> np.ndarray:
@@ -53,6 +53,6 @@ def project(gramian: np.ndarray, orders: Sequence[Sequence[int]]) -> np.ndarray:
     return combinations.sum(axis=0)
 
 
-def pcgrad(tasks: Sequence[Task], *, at: str = "parameters", seed: int = 0) -> Method:
+def pcgrad(tasks: Sequence[Task], *, at: Place = "parameters", seed: int = 0) -> Method:
     """PCGrad for the shared parameters; task-specific ones keep their own gradients, as in the paper."""
     return Method(encoder=PCGrad(tasks, at=at, seed=seed), decoder=Equal(tasks))

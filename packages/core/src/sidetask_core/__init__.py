@@ -2,7 +2,7 @@
 
 from sidetask_core.improvement import relative_improvement, relative_improvement_by_task
 from sidetask_core.method import Augment, Combiner, Equal, Fixed, Method, Product, Rule, Shaper, Weighting
-from sidetask_core.signals import Signals
+from sidetask_core.signals import Place, Signals
 from sidetask_core.split import SplitModel
 from sidetask_core.step import NonFiniteLoss, Report, Step
 from sidetask_core.task import Batch, Metric, MissingKey, Task
@@ -17,6 +17,7 @@ __all__ = [
     "Metric",
     "MissingKey",
     "NonFiniteLoss",
+    "Place",
     "Product",
     "Report",
     "Rule",

@@ -23,9 +23,12 @@ class Combined:
 
 @dataclass(frozen=True)
 class Weights:
-    """What the rules decided. `encoder` is None beside `combined`; the same tensor twice says that they are equal."""
+    """What the rules decided: weights of the shared and of the task-specific gradients.
 
-    encoder: Tensor | None
+    The same tensor twice says that they are equal. Beside a combined gradient, `encoder` has nothing to weigh.
+    """
+
+    encoder: Tensor
     decoder: Tensor
     combined: Combined | None = None
 
@@ -54,7 +57,7 @@ def combine(passes: Passes, weights: Weights) -> dict[nn.Parameter, Tensor]:
     over_parameters = weights.combined is not None and weights.combined.at == "parameters"
     if over_parameters or (weights.combined is None and passes.has_parameter_gradients()):
         matrix, used = passes.parameter_gradients()
-        flat = weights.combined.gradient if weights.combined is not None else weights.encoder.to(matrix) @ matrix
+        flat = weights.encoder.to(matrix) @ matrix if weights.combined is None else weights.combined.gradient
         parts = (flat * passes.scale.to(flat)).split([p.numel() for p in passes.shared])
         for parameter, part, reached in zip(passes.shared, parts, used, strict=True):
             if reached:
@@ -74,9 +77,7 @@ def combine(passes: Passes, weights: Weights) -> dict[nn.Parameter, Tensor]:
 def _below(passes: Passes, domain: Domain, weights: Weights, local: dict[nn.Parameter, Tensor]) -> Gradients:
     """Collect the gradients of heads and branches in `local`; return the weighted gradient at the features."""
     cut = domain.cut
-    compared = passes.has_feature_gradients(domain)
-    # Beside a combined gradient nothing has to be summed at the features.
-    encoder = torch.zeros_like(weights.decoder) if weights.encoder is None else weights.encoder
+    matrix = domain.gradients
     at_features = _Sum(len(cut.below))
     at_branches = {id(b): (_Sum(len(b.cut.below)), _Sum(len(b.cut.below))) for b in domain.branches}
     for t in domain.tasks:
@@ -85,25 +86,24 @@ def _below(passes: Passes, domain: Domain, weights: Weights, local: dict[nn.Para
         weighted.add(own, weights.decoder[t])
         _add(local, passes.own[t], weighted.gradients)
         branch = passes.branch_of[t]
-        if compared:
+        if matrix is not None:
             if branch is not None:
                 through = _Sum(len(branch.parameters))
-                through.add(passes.branch_gradients(t), weights.decoder[t])
+                through.add(branch.gradients[t], weights.decoder[t])
                 _add(local, branch.parameters, through.gradients)
         elif branch is None:
-            at_features.add(at_cut, encoder[t])
+            at_features.add(at_cut, weights.encoder[t])
         else:
             for_encoder, for_decoder = at_branches[id(branch)]
-            for_encoder.add(at_cut, encoder[t])
+            for_encoder.add(at_cut, weights.encoder[t])
             if weights.encoder is not weights.decoder:
                 for_decoder.add(at_cut, weights.decoder[t])
-    if compared:
-        matrix = passes.feature_gradients(domain)
-        if weights.combined is None:
-            return cut.split((encoder[domain.tasks].to(matrix) @ matrix) * passes.scale.to(matrix))
-        if weights.combined.at == "features":
-            return cut.split(weights.combined.gradient * passes.scale.to(matrix))
-        return [None] * len(cut.below)
+    if matrix is not None:
+        if weights.combined is not None and weights.combined.at == "features":
+            flat = weights.combined.gradient
+        else:
+            flat = weights.encoder[domain.tasks].to(matrix) @ matrix
+        return cut.split(flat * passes.scale.to(matrix))
     for branch in domain.branches:
         for_encoder, for_decoder = at_branches[id(branch)]
         if weights.encoder is weights.decoder:
@@ -114,7 +114,7 @@ def _below(passes: Passes, domain: Domain, weights: Weights, local: dict[nn.Para
             own = vector_jacobian(branch.cut.above, for_decoder.gradients, branch.parameters)
             at_cut = vector_jacobian(branch.cut.above, for_encoder.gradients, cut.below)
         _add(local, branch.parameters, own)
-        at_features.add(at_cut, torch.ones_like(encoder[0]))
+        at_features.add(at_cut, torch.ones_like(weights.encoder[0]))
     return at_features.gradients
 
 

@@ -80,8 +80,9 @@ def _changes(results: Results, baseline: Results, task: Task) -> list[float]:
     for name, metric in task.metrics.items():
         if metric.higher_is_better is None:
             raise ValueError(f"metric {name!r} of task {task.name!r} does not say whether higher is better")
-        ours, single = (_value(where, source, task.name, name) for where, source in
-                        (("results", results), ("baseline", baseline)))
+        ours, single = (
+            _value(where, source, task.name, name) for where, source in (("results", results), ("baseline", baseline))
+        )
         if single == 0:
             raise ValueError(f"the baseline of metric {name!r} of task {task.name!r} is 0: no relative improvement")
         changes.append(100 * (ours - single) / abs(single) * (1 if metric.higher_is_better else -1))
@@ -92,5 +93,7 @@ def _value(where: str, source: Results, task: str, metric: str) -> float:
     if task not in source:
         raise MissingKey(f"task {task!r} is not in the {where}, which have: {_listed(source)}")
     if metric not in source[task]:
-        raise MissingKey(f"metric {metric!r} of task {task!r} is not in the {where}, which have: {_listed(source[task])}")
+        raise MissingKey(
+            f"metric {metric!r} of task {task!r} is not in the {where}, which have: {_listed(source[task])}"
+        )
     return float(source[task][metric])

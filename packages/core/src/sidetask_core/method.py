@@ -81,8 +81,10 @@ class Shaper(nn.Module):
     """A rule that weighs the elements of one task's loss before their masked mean."""
 
     def forward(self, losses: Tensor, target: Any) -> Tensor:
-        """Weights that broadcast to the element losses ``[N, *]``. The mean's denominator stays the number of
-        labelled elements, so that ones reproduce the plain mean."""
+        """Weights that broadcast to the element losses ``[N, *]``.
+
+        The mean's denominator stays the number of labelled elements, so that ones reproduce the plain mean.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how it weighs the elements")
 
 
@@ -179,7 +181,9 @@ class Product(Weighting):
                     f"the factors of a Product weigh different tasks: {_listed(self.tasks)} and {_listed(factor.tasks)}"
                 )
         self.generator = torch.Generator()
-        self.factors = nn.ModuleList(factors)
+        self.factors = factors
+        for i, factor in enumerate(factors):
+            self.add_module(f"factor{i}", factor)
 
     def forward(self, signals: Signals) -> Tensor:
         """The product of the factors' weights ``[T]``."""

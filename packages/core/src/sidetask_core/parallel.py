@@ -42,8 +42,10 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
     kinds = dict.fromkeys((p.device, p.dtype) for p in parameters)
     for kind in kinds:
         places = [i for i, p in enumerate(parameters) if (p.device, p.dtype) == kind]
-        parts = [g.flatten() if (g := gradients[i]) is not None else parameters[i].new_zeros(parameters[i].numel())
-                 for i in places]
+        parts = [
+            g.flatten() if (g := gradients[i]) is not None else parameters[i].new_zeros(parameters[i].numel())
+            for i in places
+        ]
         used = torch.tensor([gradients[i] is not None for i in places], dtype=kind[1], device=kind[0])
         flat = add(torch.cat([*parts, used]))
         *sums, used = flat.split([p.numel() for p in parts] + [len(places)])

@@ -37,7 +37,7 @@ class Cut:
         self.structure = tree_unflatten(tensors, spec)
         self.sizes = [tensor.numel() for tensor in self.below]
 
-    def split(self, flat: Tensor) -> list[Tensor]:
+    def split(self, flat: Tensor) -> Gradients:
         """A vector over all of the cut's tensors as one gradient for each, in its data type."""
         parts = flat.split(self.sizes)
         return [part.view_as(leaf).to(leaf.dtype) for part, leaf in zip(parts, self.below, strict=True)]
@@ -45,20 +45,27 @@ class Cut:
 
 @dataclass(eq=False)
 class Branch:
-    """A branch that several heads of one domain ride, cut at its output."""
+    """A branch that several heads of one domain ride, cut at its output.
+
+    `gradients` holds each rider's gradients of the branch's parameters, once its feature gradient was asked for.
+    """
 
     cut: Cut
     parameters: list[nn.Parameter]
-    riders: list[int]
+    gradients: dict[int, Gradients] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class Domain:
-    """One input, its shared features, and the tasks that read them."""
+    """One input, its shared features, and the tasks that read them.
+
+    `gradients` holds the tasks' unscaled gradients at the features ``[tasks of the domain, D]``, once asked for.
+    """
 
     cut: Cut
     tasks: list[int] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
+    gradients: Tensor | None = None
 
 
 class Passes:
@@ -85,10 +92,8 @@ class Passes:
         self._forward(model, tasks, batch, shapers)
         one = torch.ones((), dtype=self.losses[0].dtype, device=self.losses[0].device)
         self.scaled = scaler is not None and scaler.is_enabled()
-        self.scale = scaler.scale(one) if self.scaled else one
+        self.scale = one if scaler is None else scaler.scale(one)
         self._heads: dict[int, tuple[Gradients, Gradients]] = {}
-        self._features: dict[int, Tensor] = {}
-        self._branch_gradients: dict[int, Gradients] = {}
         self._parameters: tuple[Tensor, list[bool]] | None = None
 
     def _forward(
@@ -98,69 +103,50 @@ class Passes:
         inputs = [batch.input_of(task) for task in tasks]
         targets = [batch.target_of(task) for task in tasks]
         by_input: dict[int, Domain] = {}
-        outputs: dict[tuple[int, str], Any] = {}
+        for t, one in enumerate(inputs):
+            if id(one) not in by_input:
+                by_input[id(one)] = Domain(Cut(model.encode(one)))
+            self.domain_of.append(by_input[id(one)])
+            self.domain_of[t].tasks.append(t)
+        self.domains = list(by_input.values())
+        read = [feature for domain in self.domains for feature in self._branches(model, tasks, domain)]
+        order = [t for domain in self.domains for t in domain.tasks]
         sums: list[Tensor] = []
         counts: list[Tensor] = []
         for t, task in enumerate(tasks):
-            key = id(inputs[t])
-            if key not in by_input:
-                by_input[key] = Domain(Cut(model.encode(inputs[t])))
-            domain = by_input[key]
-            domain.tasks.append(t)
-            self.domain_of.append(domain)
-        self.domains = list(by_input.values())
-        for domain in self.domains:
-            for name in dict.fromkeys(model.route[tasks[t].name] for t in domain.tasks):
-                riders = [t for t in domain.tasks if model.route[tasks[t].name] == name]
-                output = domain.cut.structure
-                if name is not None:
-                    output = model.branches[name](output)
-                if name is not None and len(riders) > 1:
-                    parameters = [p for p in model.branches[name].parameters() if p.requires_grad]
-                    branch = Branch(Cut(output), parameters, riders)
-                    domain.branches.append(branch)
-                    output = branch.cut.structure
-                for t in riders:
-                    outputs[t] = output
-                    head = model.heads[tasks[t].name]
-                    own = head.parameters() if len(riders) > 1 else model.specific_parameters(tasks[t].name)
-                    self.own[t] = [p for p in own if p.requires_grad]
-                    if name is not None and len(riders) > 1:
-                        self.branch_of[t] = branch
-        for t, task in enumerate(tasks):
-            total, count = self._loss(model, task, t, outputs.pop(t), targets[t], shapers)
+            features = read[order.index(t)]
+            if targets[t] is None:
+                total = count = _zero_like(features)
+            else:
+                losses, mask = task.elements(model.heads[task.name](features), targets[t])
+                self.elements[t] = (losses.detach(), mask)
+                if task.name in shapers:
+                    losses = _shaped(task, shapers[task.name], losses, targets[t])
+                total, count = masked_sum(losses, mask)
             sums.append(total)
             counts.append(count)
-        everywhere = parallel.add(torch.stack([count.to(sums[0].device) for count in counts])).clamp(min=1)
+        everywhere = parallel.add(torch.stack([count.to(sums[0]) for count in counts])).clamp(min=1)
         self.losses = [total / count for total, count in zip(sums, everywhere.unbind(), strict=True)]
 
-    def _loss(
-        self, model: SplitModel, task: Task, t: int, features: Any, target: Any, shapers: Mapping[str, nn.Module]
-    ) -> tuple[Tensor, Tensor]:
-        if target is None:
-            zero = next(x for x in tree_flatten(features)[0] if isinstance(x, Tensor)).new_zeros(())
-            zero = zero if zero.dtype == torch.float64 else zero.float()
-            return zero, zero
-        losses, mask = task.elements(model.heads[task.name](features), target)
-        self.elements[t] = (losses.detach(), mask)
-        if task.name in shapers:
-            if losses.ndim == 0:
-                raise ValueError(
-                    f"task {task.name!r} has a shaper, which needs one loss per element, but its loss returned a "
-                    "scalar; use reduction='none'"
-                )
-            weights = shapers[task.name](losses.detach(), target)
-            try:
-                shaped = losses * weights
-                if shaped.shape != losses.shape:
-                    raise RuntimeError
-            except RuntimeError as error:
-                raise ValueError(
-                    f"the shaper of task {task.name!r} returned weights {list(weights.shape)} for losses "
-                    f"{list(losses.shape)}"
-                ) from error
-            losses = shaped
-        return masked_sum(losses, mask)
+    def _branches(self, model: SplitModel, tasks: Sequence[Task], domain: Domain) -> list[Any]:
+        """What each task's head reads, in the order of the domain's tasks; every branch is computed once."""
+        read: dict[int, Any] = {}
+        routes = [model.route[tasks[t].name] for t in domain.tasks]
+        for name in dict.fromkeys(routes):
+            riders = [t for t, route in zip(domain.tasks, routes, strict=True) if route == name]
+            output = domain.cut.structure if name is None else model.branches[name](domain.cut.structure)
+            branch = None
+            if name is not None and len(riders) > 1:
+                branch = Branch(Cut(output), [p for p in model.branches[name].parameters() if p.requires_grad])
+                domain.branches.append(branch)
+                output = branch.cut.structure
+            for t in riders:
+                task = tasks[t].name
+                own = model.specific_parameters(task) if branch is None else model.heads[task].parameters()
+                self.own[t] = [p for p in own if p.requires_grad]
+                self.branch_of[t] = branch
+                read[t] = output
+        return [read[t] for t in domain.tasks]
 
     def head(self, t: int) -> tuple[Gradients, Gradients]:
         """Task t's gradients of its own parameters and at its cut, traversing its head once; handed out once."""
@@ -168,57 +154,39 @@ class Passes:
             return self._heads.pop(t)
         cut = (self.branch_of[t] or self.domain_of[t]).cut.below
         wanted = [*self.own[t], *cut]
-        if self.losses[t].requires_grad and wanted:
-            scale = self.scale.to(self.losses[t])
-            grads = list(torch.autograd.grad(self.losses[t], wanted, scale, allow_unused=True))
-        else:
-            grads = [None] * len(wanted)
+        loss = self.losses[t]
+        grads: Gradients = [None] * len(wanted)
+        if loss.requires_grad and wanted:
+            grads = list(torch.autograd.grad(loss, wanted, self.scale.to(loss), allow_unused=True))
         return grads[: len(self.own[t])], grads[len(self.own[t]) :]
 
     def feature_gradients(self, domain: Domain) -> Tensor:
         """Every task's gradient at the features of `domain`, unscaled ``[tasks of the domain, D]``."""
-        key = id(domain)
-        if key not in self._features:
+        if domain.gradients is None:
             cut = domain.cut
-            wide = [torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype for x in cut.below]
-            matrix = torch.zeros(
-                len(domain.tasks), sum(cut.sizes), dtype=max(wide, key=lambda d: d.itemsize), device=cut.below[0].device
-            )
+            matrix = _zeros(len(domain.tasks), cut.below)
             for row, t in zip(matrix, domain.tasks, strict=True):
                 own, at_cut = self.head(t)
                 branch = self.branch_of[t]
                 if branch is not None:
                     wanted = [*branch.parameters, *cut.below]
                     grads = vector_jacobian(branch.cut.above, at_cut, wanted)
-                    self._branch_gradients[t] = grads[: len(branch.parameters)]
+                    branch.gradients[t] = grads[: len(branch.parameters)]
                     at_cut = grads[len(branch.parameters) :]
                 self._heads[t] = own, [None] * len(at_cut)
-                for place, grad in zip(row.split(cut.sizes), at_cut, strict=True):
-                    if grad is not None:
-                        place.copy_(grad.flatten())
-            self._features[key] = matrix.div_(self.scale) if self.scaled else matrix
-        return self._features[key]
-
-    def has_feature_gradients(self, domain: Domain) -> bool:
-        """Whether every task's gradient at the features of `domain` is there already."""
-        return id(domain) in self._features
-
-    def branch_gradients(self, t: int) -> Gradients:
-        """Task t's gradients of the parameters of the branch it shares, once its feature gradient was asked for."""
-        return self._branch_gradients[t]
+                _fill(row, at_cut, cut.sizes)
+            domain.gradients = matrix.div_(self.scale) if self.scaled else matrix
+        return domain.gradients
 
     def parameter_gradients(self) -> tuple[Tensor, list[bool]]:
-        """Every task's gradient of the shared parameters, unscaled and summed over processes ``[T, D]``,
-        and which of the parameters any task reaches."""
+        """Every task's gradient of the shared parameters ``[T, D]``, and which of them any task reaches.
+
+        Unscaled and summed over processes.
+        """
         if self._parameters is None:
-            first = self.shared[0]
-            matrix = torch.zeros(
-                len(self.losses),
-                sum(p.numel() for p in self.shared),
-                dtype=torch.float32 if first.dtype in (torch.float16, torch.bfloat16) else first.dtype,
-                device=first.device,
-            )
-            used = [False] * len(self.shared)
+            sizes = [p.numel() for p in self.shared]
+            matrix = _zeros(len(self.losses), self.shared)
+            used = torch.zeros(len(self.shared), dtype=torch.int32)
             for domain in self.domains:
                 if not domain.cut.above:
                     continue
@@ -226,17 +194,12 @@ class Passes:
                     # Scaled before it is cast to the features' type, which might be float16.
                     gradients = domain.cut.split(row * self.scale if self.scaled else row)
                     grads = vector_jacobian(domain.cut.above, gradients, self.shared)
-                    for i, (place, grad) in enumerate(
-                        zip(matrix[t].split([p.numel() for p in self.shared]), grads, strict=True)
-                    ):
-                        if grad is not None:
-                            used[i] = True
-                            place.copy_(grad.flatten())
+                    _fill(matrix[t], grads, sizes)
+                    used += torch.tensor([grad is not None for grad in grads])
             parallel.add(matrix)
             if parallel.world() > 1:
-                flags = torch.tensor(used, dtype=torch.int32, device=first.device)
-                used = [bool(flag) for flag in parallel.add(flags).tolist()]
-            self._parameters = matrix.div_(self.scale) if self.scaled else matrix, used
+                used = parallel.add(used.to(matrix.device))
+            self._parameters = matrix.div_(self.scale) if self.scaled else matrix, [n > 0 for n in used.tolist()]
         return self._parameters
 
     def has_parameter_gradients(self) -> bool:
@@ -251,5 +214,42 @@ def vector_jacobian(
     pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None]
     if not pairs or not wanted:
         return [None] * len(wanted)
-    outputs, gradients = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(outputs, wanted, gradients, retain_graph=retain, allow_unused=True))
+    reached, at_them = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(reached, wanted, at_them, retain_graph=retain, allow_unused=True))
+
+
+def _zeros(rows: int, columns: Sequence[Tensor]) -> Tensor:
+    """A matrix with a column for every element of `columns`, in at least single precision."""
+    widest = max((tensor.dtype for tensor in columns), key=lambda dtype: dtype.itemsize)
+    dtype = widest if widest.itemsize >= 4 else torch.float32
+    return torch.zeros(rows, sum(tensor.numel() for tensor in columns), dtype=dtype, device=columns[0].device)
+
+
+def _fill(row: Tensor, gradients: Gradients, sizes: Sequence[int]) -> None:
+    for place, gradient in zip(row.split(sizes), gradients, strict=True):
+        if gradient is not None:
+            place.copy_(gradient.flatten())
+
+
+def _zero_like(features: Any) -> Tensor:
+    """A loss of zero beside `features`, for a task that the batch has no label for."""
+    zero = next(x for x in tree_flatten(features)[0] if isinstance(x, Tensor)).new_zeros(())
+    return zero if zero.dtype == torch.float64 else zero.float()
+
+
+def _shaped(task: Task, shaper: nn.Module, losses: Tensor, target: Any) -> Tensor:
+    if losses.ndim == 0:
+        raise ValueError(
+            f"task {task.name!r} has a shaper, which needs one loss per element, but its loss returned a "
+            "scalar; use reduction='none'"
+        )
+    weights = shaper(losses.detach(), target)
+    try:
+        shaped = losses * weights
+        if shaped.shape != losses.shape:
+            raise RuntimeError("the weights are larger than the losses")
+    except RuntimeError as error:
+        raise ValueError(
+            f"the shaper of task {task.name!r} returned weights {list(weights.shape)} for losses {list(losses.shape)}"
+        ) from error
+    return shaped

@@ -111,7 +111,7 @@ def _call(spec: Mapping[str, Any], tasks: Sequence[Task]) -> Method:
     try:
         inspect.signature(factory).bind(tasks, **options)
     except TypeError as error:
-        takes = [p for p in inspect.signature(factory).parameters][1:]
+        takes = list(inspect.signature(factory).parameters)[1:]
         raise TypeError(f"method {name!r}: {error}; its options are: {_listed(takes)}") from error
     method = factory(tasks, **options)
     if not isinstance(method, Method):

@@ -94,8 +94,9 @@ class Signals:
         return self._gramians[at]
 
     def gradients(self, at: Place) -> Tensor:
-        """Every task's gradient ``[T, D]``: over the flattened shared parameters, or at the flattened shared features
-        of this process's samples.
+        """Every task's gradient ``[T, D]``, flattened over the shared parameters or the shared features.
+
+        The features are those of this process's samples.
 
         Raises:
             ValueError: at features, if tasks have different inputs and hence different features.

@@ -98,7 +98,7 @@ class SplitModel(nn.Module):
         for task in self.heads if tasks is None else tasks:
             self.check_head(task)
             branch = self.route[task]
-            if branch not in rode:
+            if branch is not None and branch not in rode:
                 rode[branch] = self.branches[branch](features)
             predictions[task] = self.heads[task](rode[branch])
         return predictions
@@ -107,9 +107,7 @@ class SplitModel(nn.Module):
         """The predictions of `tasks` (default: all) for one input."""
         return self.decode(self.encode(inputs), tasks)
 
-    def with_heads(
-        self, heads: Mapping[str, nn.Module], route: Mapping[str, str | None] | None = None
-    ) -> SplitModel:
+    def with_heads(self, heads: Mapping[str, nn.Module], route: Mapping[str, str | None] | None = None) -> SplitModel:
         """This model with further heads; every module is shared with it."""
         for name in heads:
             if name in self.heads:
@@ -139,7 +137,7 @@ class SplitModel(nn.Module):
     def check_head(self, task: str) -> None:
         """Raise MissingKey, listing the heads there are, if `task` has none."""
         if task not in self.heads:
-            raise MissingKey(f"task {task!r} has no head; the model has: {_listed(self.heads)}")
+            raise MissingKey(f"task {task!r} has no head; the model has: {_listed(self.heads.keys())}")
 
 
 def _module_dict(kind: str, modules: Mapping[str, nn.Module]) -> nn.ModuleDict:

@@ -159,7 +159,7 @@ class Step(nn.Module):
 
     def _backward(self, batch: Batch, scaler: torch.amp.GradScaler | None) -> Report:
         with torch.enable_grad():
-            passes = Passes(self.model, self.tasks, batch, self.shapers, scaler)
+            passes = Passes(self.model, self.tasks, batch, dict(self.shapers.items()), scaler)
         with torch.autocast(passes.losses[0].device.type, enabled=False), torch.no_grad():
             signals = Signals(self.tasks, passes, self.iteration, self.epoch)
             self._check_finite(signals.losses)
@@ -177,7 +177,7 @@ class Step(nn.Module):
         return Report(
             losses=self._by_name(signals.losses),
             decoder_weights=self._by_name(weights.decoder),
-            encoder_weights={} if weights.encoder is None else self._by_name(weights.encoder),
+            encoder_weights=self._by_name(weights.encoder) if weights.combined is None else {},
         )
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -201,14 +201,14 @@ class Step(nn.Module):
             raise NonFiniteLoss(names, pending[1])
 
     def _weigh(self, signals: Signals) -> Weights:
-        encoder: Tensor | None = torch.ones_like(signals.losses)
+        encoder = torch.ones_like(signals.losses)
         combined: Combined | None = None
         if isinstance(self.encoder, Combiner):
-            encoder, combined = None, self._combined(self.encoder, signals)
+            combined = self._combined(self.encoder, signals)
         elif self.encoder is not None:
             encoder = self._weights_of(self.encoder, signals)
         if self.decoder is None or self.decoder is self.encoder:
-            decoder = torch.ones_like(signals.losses) if encoder is None else encoder
+            decoder = encoder
         else:
             decoder = self._weights_of(self.decoder, signals)
         return Weights(encoder, decoder, combined)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -215,5 +215,5 @@ def check_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:
     return tasks
 
 
-def _listed(names: Iterator[str] | Mapping[str, Any] | Sequence[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(str(name) for name in names) or "none"

@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import functools
 import math
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -42,6 +41,10 @@ def squared(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square()
 
 
+def _scaled(scale: float, prediction: Tensor, target: Tensor) -> Tensor:
+    return scale * squared(prediction, target)
+
+
 def labelled(target: Tensor) -> Tensor:
     """Labels of the tiny problems are missing where they are NaN."""
     return ~target.isnan()
@@ -53,7 +56,11 @@ def tiny_tasks(names: Sequence[str] = NAMES) -> list[Task]:
 
 
 def problem(
-    split: str = "shared bottom", *, names: Sequence[str] = NAMES, norm: bool = False, dtype: torch.dtype = torch.float64
+    split: str = "shared bottom",
+    *,
+    names: Sequence[str] = NAMES,
+    norm: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> SplitModel:
     """A tiny network, always the same.
 
@@ -80,7 +87,9 @@ def problem(
     return model.to(dtype)
 
 
-def batches(count: int, size: int = 6, *, names: Sequence[str] = NAMES, dtype: torch.dtype = torch.float64) -> list[Batch]:
+def batches(
+    count: int, size: int = 6, *, names: Sequence[str] = NAMES, dtype: torch.dtype = torch.float64
+) -> list[Batch]:
     """Random batches, always the same."""
     generator = torch.Generator().manual_seed(1)
 
@@ -108,19 +117,20 @@ def brute_force(
     for task, above, below in zip(tasks, encoder, decoder, strict=True):
         prediction = model(batch.input_of(task))[task.name]
         loss, _ = task.mean(prediction, batch.target_of(task))
-        for name, p, g in zip(
-            names, parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
-        ):
+        for name, p, g in zip(names, parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if g is not None:
                 total[name] += g * (above if id(p) in shared else below).to(g)
     return total
 
 
+def close(found: Tensor, expected: Tensor, what: str, rtol: float = 1e-9) -> None:
+    """Assert that two tensors agree to `rtol`, and say which they are if they do not."""
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-12, msg=lambda text: f"{what}: {text}")
+
+
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter's `.grad`, zeros where it is None."""
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
-    }
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
 
 
 def train(step: Step, data: Sequence[Batch], optimizer: torch.optim.Optimizer | None = None) -> list[Report]:
@@ -175,7 +185,7 @@ class _Conformance:
                 expected = brute_force(model, tasks, batch, encoder, decoder)
                 for name, found in gradients(model).items():
                     if not (combined and name.startswith("shared")):
-                        torch.testing.assert_close(found, expected[name], rtol=1e-10, atol=1e-10, msg=f"{split}: {name}")
+                        close(found, expected[name], f"{split}: {name}", rtol=1e-10)
 
     def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(self) -> None:
         data, tasks = batches(8), tiny_tasks()
@@ -226,7 +236,7 @@ class _Conformance:
     def test_extreme_loss_scales_stay_finite(self) -> None:
         for scale in (1e-6, 1e6):
             tasks = tiny_tasks()
-            tasks[1] = Task("b", lambda p, y, scale=scale: scale * squared(p, y), valid=labelled, primary=False)
+            tasks[1] = Task("b", functools.partial(_scaled, scale), valid=labelled, primary=False)
             step = Step(problem(), tasks, self.method(tasks))
             for batch in batches(4):
                 step.zero_grad()
@@ -255,14 +265,14 @@ class _Conformance:
                 step.backward(batch)
             first, second = (gradients(step.model) for step in steps)
             for name, gradient in first.items():
-                torch.testing.assert_close(gradient, second[name], rtol=1e-9, atol=1e-12)
+                close(gradient, second[name], name)
 
     def test_two_processes_equal_one(self) -> None:
         whole = _run_share(self.method, 0, 1)
         halves = in_two_processes(_run_share, self.method)
         for half in halves:
             for name, value in whole.items():
-                torch.testing.assert_close(half[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+                close(half[name], value, name)
 
 
 def _run_share(build: Factory, rank: int, world: int) -> dict[str, Tensor]:
@@ -296,7 +306,7 @@ def in_two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]
 def _pair() -> ProcessPoolExecutor:
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     context = get_context("spawn")
-    pool = ProcessPoolExecutor(2, context, _join, (os.path.join(folder.name, "store"), context.Value("i", 0)))
+    pool = ProcessPoolExecutor(2, context, _join, (str(Path(folder.name, "store")), context.Value("i", 0)))
 
     def close() -> None:
         pool.shutdown()

@@ -1,0 +1,105 @@
+"""Methods are found by name in whatever is installed, and what is missing is answered with what to do."""
+
+from importlib.metadata import EntryPoint
+
+import pytest
+from sidetask_core import Equal, Fixed, Method, MissingKey, plugins
+from sidetask_core.testing import tiny_tasks
+
+
+def halves(tasks, weight=0.5):
+    return Method(encoder=Equal(tasks), decoder=Fixed(tasks, dict.fromkeys((t.name for t in tasks), weight)))
+
+
+def encoder_only(tasks):
+    return Method(encoder=Equal(tasks))
+
+
+def broken(tasks):
+    return "not a method"
+
+
+class Distribution:
+    def __init__(self, name):
+        self.name = name
+        self.metadata = {"Name": name}
+
+
+def point(name, value, distribution):
+    found = EntryPoint(name, f"{__name__}:{value}", "sidetask.methods")
+    vars(found)["dist"] = Distribution(distribution)
+    return found
+
+
+@pytest.fixture
+def offers(monkeypatch):
+    points = [point("halves", "halves", "mine"), point("plain", "encoder_only", "mine"), point("odd", "broken", "mine")]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == "sidetask.methods" else [])
+    monkeypatch.setattr(EntryPoint, "load", lambda self: globals()[self.value.split(":")[1]])
+    return points
+
+
+def test_what_is_installed(offers):
+    assert plugins.installed("methods") == {"halves": "mine", "odd": "mine", "plain": "mine"}
+    assert plugins.installed("networks") == {}
+    assert plugins.find("methods", "halves") is halves
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "distribution"),
+    [
+        ("methods", "pcgrad", "sidetask-baselines"),
+        ("methods", "ial", "sidetask-ial"),
+        ("methods", "saal-ew", "sidetask-saal"),
+        ("datasets", "scenes", "sidetask-datasets"),
+        ("networks", "deeplabv3", "sidetask-bench"),
+    ],
+)
+def test_a_known_name_that_is_not_installed(offers, group, name, distribution):
+    with pytest.raises(MissingKey, match=f"'{name}' is not installed; pip install {distribution}$"):
+        plugins.find(group, name)
+
+
+def test_an_unknown_name(offers):
+    with pytest.raises(MissingKey, match=r"method 'halvs'; did you mean 'halves'. installed are: halves, odd, plain"):
+        plugins.find("methods", "halvs")
+    with pytest.raises(ValueError, match="the groups are: methods, datasets, networks; not 'optimizers'"):
+        plugins.find("optimizers", "sgd")
+
+
+def test_two_claims_on_one_name(offers):
+    offers.append(point("halves", "encoder_only", "theirs"))
+    for call in (lambda: plugins.find("methods", "halves"), lambda: plugins.installed("methods")):
+        with pytest.raises(ValueError, match=r"method 'halves' is claimed by mine .* and theirs .*; uninstall one"):
+            call()
+
+
+def test_one_distribution_seen_twice_is_one_claim(offers):
+    offers.append(point("halves", "halves", "mine"))
+    assert plugins.find("methods", "halves") is halves
+
+
+def test_methods_from_names_options_and_slots(offers):
+    tasks = tiny_tasks()
+    assert isinstance(plugins.make_method("plain", tasks).encoder, Equal)
+    assert plugins.make_method({"name": "halves", "weight": 2.0}, tasks).decoder.weights.tolist() == [2, 2, 2]
+    mixed = plugins.make_method({"encoder": "plain", "decoder": {"name": "halves", "weight": 3.0}}, tasks)
+    assert isinstance(mixed.encoder, Equal)
+    assert mixed.decoder.weights.tolist() == [3, 3, 3]
+    assert plugins.make_method({"decoder": "halves"}, tasks).encoder is None
+
+
+def test_specs_that_cannot_be_built(offers):
+    tasks = tiny_tasks()
+    with pytest.raises(TypeError, match=r"method 'halves': .*'wait'.*; its options are: weight"):
+        plugins.make_method({"name": "halves", "wait": 1}, tasks)
+    with pytest.raises(TypeError, match="'odd' returned str, expected a Method"):
+        plugins.make_method("odd", tasks)
+    with pytest.raises(MissingKey, match="method 'plain' leaves the slot decoder empty"):
+        plugins.make_method({"decoder": "plain"}, tasks)
+    with pytest.raises(MissingKey, match="method 'plain' leaves the slot shapers of task 'a' empty"):
+        plugins.make_method({"shapers": {"a": "plain"}}, tasks)
+    with pytest.raises(TypeError, match="shapers map a task's name to a method, not 'plain'"):
+        plugins.make_method({"shapers": "plain"}, tasks)
+    with pytest.raises(TypeError, match="not 5"):
+        plugins.make_method(5, tasks)

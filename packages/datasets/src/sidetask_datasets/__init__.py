@@ -6,6 +6,8 @@ from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset
 from sidetask_datasets.digits import digits
+from sidetask_datasets.files import DataError
+from sidetask_datasets.frames import frames
 from sidetask_datasets.scenes import scenes
 from sidetask_datasets.split import ResidentSplit, Split
 from sidetask_datasets.view import View, gallery, palette
@@ -13,11 +15,13 @@ from sidetask_datasets.view import View, gallery, palette
 __all__ = [
     "Augmentation",
     "Column",
+    "DataError",
     "Dataset",
     "ResidentSplit",
     "Split",
     "View",
     "digits",
+    "frames",
     "gallery",
     "palette",
     "scenes",

@@ -81,3 +81,23 @@ def edges(name: str = "edges", primary: bool = True) -> Task:
         metrics={"odsF": metrics.EdgeF()},
         primary=primary,
     )
+
+
+def dense(name: str, classes: int, primary: bool = True, normals_loss: str = "cosine") -> Task:
+    """The task that a dense dataset has under this name: "depth", "normals", "edges"; any other is a segmentation.
+
+    Args:
+        name: of the task.
+        classes: of a segmentation.
+        primary: whether it is wanted for itself.
+        normals_loss: see `normals`.
+    """
+    match name:
+        case "depth":
+            return depth(name, primary)
+        case "normals":
+            return normals(name, primary, normals_loss)
+        case "edges":
+            return edges(name, primary)
+        case _:
+            return segmentation(name, classes, primary)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from sidetask_core import Task
 
 from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.augment import Augmentation
@@ -92,7 +91,7 @@ def scenes(
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} is between 0 and 1, found {value}")
     recipe = Recipe(names, (size[0], size[1]), seed, difficulty, label_noise, samples)
-    chosen = tuple(_task(name, name in wanted, normals_loss) for name in names)
+    chosen = tuple(task_kinds.dense(name, OUTPUTS[name], name in wanted, normals_loss) for name in names)
 
     def kept(recipe: Recipe, split: str, count: int, augmentation: Augmentation | None = None) -> Split:
         return recipe.cook(torch.arange(FIRST[split], FIRST[split] + count, device=device), augmentation)
@@ -118,15 +117,3 @@ VIEWS = {
     "normals": View("normals"),
     "edges": View("edges"),
 }
-
-
-def _task(name: str, primary: bool, normals_loss: str) -> Task:
-    match name:
-        case "depth":
-            return task_kinds.depth(name, primary)
-        case "normals":
-            return task_kinds.normals(name, primary, normals_loss)
-        case "edges":
-            return task_kinds.edges(name, primary)
-        case _:
-            return task_kinds.segmentation(name, OUTPUTS[name], primary)

@@ -1,0 +1,143 @@
+"""Reading what other people's folders hold: lists of ids and pictures, checked before they are believed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy
+from numpy.typing import NDArray
+from PIL import Image
+
+_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_Item = TypeVar("_Item")
+_MODES = {"colour": ("RGB",), "vectors": ("RGB",), "bytes": ("L", "P"), "words": ("I;16", "I;16B", "I")}
+_WANTED = {"colour": "8-bit RGB", "vectors": "8-bit RGB", "bytes": "8-bit grey", "words": "16-bit grey"}
+
+
+class DataError(ValueError):
+    """Something is wrong with a file; the message begins with its path."""
+
+
+def read_ids(path: Path) -> list[str]:
+    """The ids in a text file, one a line; empty lines are skipped.
+
+    Raises:
+        DataError: if the file cannot be read or holds no id, and, naming the line, for an id that is there twice or is
+            anything but letters, digits, ``_``, ``-`` and single dots: it becomes part of a path.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a list of ids: {error}") from error
+    ids: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        name = line.strip()
+        if not name:
+            continue
+        if not _ID.fullmatch(name) or ".." in name:
+            raise DataError(
+                f"{path}, line {number}: {name!r} is not an id: letters, digits, '_', '-' and single dots, "
+                "not beginning with a dot"
+            )
+        if name in ids:
+            raise DataError(f"{path}, line {number}: {name!r} is there already, in line {ids[name]}")
+        ids[name] = number
+    if not ids:
+        raise DataError(f"{path}: holds no id")
+    return list(ids)
+
+
+def check_apart(first: Path, ids: Iterable[str], second: Path, others: Iterable[str]) -> None:
+    """Refuse ids that two lists share.
+
+    Raises:
+        DataError: naming the first of them.
+    """
+    shared = sorted(set(ids) & set(others))
+    if shared:
+        raise DataError(f"{second}: {shared[0]!r} is also in {first} ({len(shared)} shared); splits must be disjoint")
+
+
+def check_present(paths: Sequence[Path]) -> None:
+    """Refuse missing files, all at once.
+
+    Raises:
+        DataError: naming the first missing file and how many there are.
+    """
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        more = f" ({len(missing)} of {len(paths)} files are missing)" if len(missing) > 1 else ""
+        raise DataError(f"{missing[0]}: no such file{more}")
+
+
+def read_picture(
+    path: Path, kind: str, size: tuple[int, int] | None = None, original: tuple[int, int] | None = None
+) -> NDArray[Any]:
+    """The pixels of a JPEG or PNG file.
+
+    Args:
+        path: of the file. Only the format that its ending names is decoded, whatever it holds.
+        kind: "colour" or "vectors" ``[H, W, 3]`` uint8, "bytes" ``[H, W]`` uint8 or "words" ``[H, W]`` uint16.
+        size: the height and width to bring it to: colour by averaging what a new pixel covers, the others by taking
+            the nearest pixel, since a mean of labels is no label.
+        original: the height and width that the file must have.
+
+    Raises:
+        DataError: if it cannot be decoded, or has another size or another kind of pixel.
+    """
+    formats = ("PNG" if path.suffix.lower() == ".png" else "JPEG",)
+    try:
+        with Image.open(path, formats=formats) as picture:
+            if picture.mode not in _MODES[kind]:
+                raise DataError(f"{path}: expected {_WANTED[kind]} pixels, found mode {picture.mode!r}")
+            if original is not None and picture.size != original[::-1]:
+                found = f"{picture.height}×{picture.width}"
+                raise DataError(f"{path}: expected {original[0]}×{original[1]} pixels, found {found}")
+            whole: Image.Image = picture
+            if kind == "colour" and size is not None and picture.size != size[::-1]:
+                whole = picture.resize(size[::-1], Image.Resampling.BILINEAR)
+            pixels = numpy.array(whole)
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be decoded as {formats[0]}: {error}") from error
+    if kind == "words":
+        if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
+            raise DataError(f"{path}: expected 16-bit values, found {pixels.min()} to {pixels.max()}")
+        pixels = pixels.astype(numpy.uint16)
+    if size is not None and pixels.shape[:2] != size:
+        rows = ((numpy.arange(size[0]) + 0.5) * pixels.shape[0] / size[0]).astype(int)
+        columns = ((numpy.arange(size[1]) + 0.5) * pixels.shape[1] / size[1]).astype(int)
+        pixels = pixels[rows[:, None], columns[None, :]]
+    return pixels
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture, from its header.
+
+    Raises:
+        DataError: if it is not one.
+    """
+    try:
+        with Image.open(path, formats=("JPEG", "PNG")) as picture:
+            return picture.height, picture.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be decoded: {error}") from error
+
+
+def in_threads(work: Callable[[_Item], None], items: Iterable[_Item]) -> None:
+    """Do `work` for every item, several at a time; the first error is raised. Decoders leave Python's lock."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise

@@ -1,0 +1,267 @@
+"""Each rule against its written definition."""
+
+import math
+
+import pytest
+import torch
+from sidetask_baselines import DWA, MGDA, RLW, CAGrad, GradDrop, PCGrad, Uncertainty
+from sidetask_baselines.graddrop import pick_sign
+from sidetask_core import Batch, Method, MissingKey, SplitModel, Step, plugins
+from sidetask_core.testing import batches, problem, squared, tiny_tasks, train
+from torch import nn
+
+
+class Given:
+    """Signals with given values."""
+
+    def __init__(self, losses=(1.0, 1.0, 1.0), gradients=None, features=None, iteration=0, epoch=0):
+        self.tasks = ("a", "b", "c")
+        self.losses = torch.tensor(losses, dtype=torch.float64)
+        self._gradients, self._features = gradients, features
+        self.iteration, self.epoch = iteration, epoch
+
+    def gradients(self, at):
+        return self._gradients
+
+    def gramian(self, at):
+        return self._gradients @ self._gradients.T
+
+    def features(self):
+        return self._features
+
+
+def gradients(seed=0, count=3, size=8):
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+TASKS = tiny_tasks()
+
+
+def test_entry_points_are_found_and_known_to_core():
+    names = {name for name, home in plugins.installed("methods").items() if home == "sidetask-baselines"}
+    assert names == {"equal", "fixed", "uncertainty", "dwa", "rlw", "pcgrad", "cagrad", "mgda", "graddrop"}
+    assert names == set(plugins._HOMES["methods"]["sidetask-baselines"].split())
+    for name in names:
+        options = {"weights": dict.fromkeys("abc", 1.0)} if name == "fixed" else {}
+        assert isinstance(plugins.make_method({"name": name, **options}, TASKS), Method)
+
+
+def test_uncertainty_settles_where_the_variance_is_the_loss():
+    rule = Uncertainty(TASKS).double()
+    signals = Given((0.1, 2.0, 30.0))
+    optimizer = torch.optim.LBFGS(rule.parameters(), max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = rule.objective(signals)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(rule.log_variance.exp(), signals.losses, rtol=1e-6, atol=0)
+
+
+def test_uncertainty_trains_network_and_variances_on_one_objective():
+    tasks, model, (batch, *_) = tiny_tasks(), problem(), batches(1)
+    rule = Uncertainty(tasks).double()
+    Step(model, tasks, Method(encoder=rule)).backward(batch)
+    losses = torch.stack([squared(p, batch.targets[n]).mean() for n, p in model(batch.inputs).items()])
+    objective = (losses / (2 * rule.log_variance.exp()) + rule.log_variance / 2).sum()
+    everything = [*model.parameters(), rule.log_variance]
+    for p, expected in zip(everything, torch.autograd.grad(objective, everything), strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_dwa_by_hand():
+    rule = DWA(TASKS)
+    epochs = [
+        [(4.0, 4.0, 4.0), (2.0, 4.0, 0.0)],
+        [(1.0, 4.0, 1.0), (2.0, 4.0, 3.0)],
+        [(9.0, 9.0, 9.0)] * 2,
+        [(1.0,) * 3],
+    ]
+    found = [[rule(Given(losses, epoch=e)) for losses in steps] for e, steps in enumerate(epochs)]
+    for step in (*found[0], *found[1]):
+        assert step.tolist() == [1, 1, 1]
+    for step, ratios in zip(
+        (found[2][0], found[2][1], found[3][0]), [[0.5, 1, 1], [0.5, 1, 1], [6, 2.25, 4.5]], strict=True
+    ):
+        expected = 3 * (torch.tensor(ratios, dtype=torch.float64) / 2).softmax(0)
+        torch.testing.assert_close(step, expected)
+        assert step.sum() == pytest.approx(3)
+
+
+def test_dwa_counts_steps_or_epochs():
+    by_step, by_epoch = DWA(TASKS, window=2), DWA(TASKS)
+    for i in range(8):
+        losses = (1.0 + i, 2.0, 3.0 / (1 + i))
+        a, b = by_step(Given(losses, iteration=i)), by_epoch(Given(losses, epoch=i // 2))
+        assert torch.equal(a, b)
+
+
+def test_dwa_of_a_task_without_loss_stands_still():
+    rule = DWA(TASKS, window=1)
+    for i in range(3):
+        weights = rule(Given((1.0, 0.0, 1.0), iteration=i))
+    torch.testing.assert_close(weights, torch.ones(3, dtype=torch.float64))
+
+
+def test_rlw_weights_are_positive_sum_to_the_tasks_and_change():
+    rule, paper = RLW(TASKS, seed=1), RLW(TASKS, seed=1, scale="paper")
+    first, second = rule(Given()), rule(Given())
+    assert (first > 0).all()
+    assert first.sum() == pytest.approx(3)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(3 * paper(Given()), first)
+
+
+def test_rlw_is_the_softmax_of_standard_normals():
+    rule = RLW(TASKS)
+    logs = torch.stack([rule(Given()).log() for _ in range(4000)])
+    differences = (logs[:, 0] - logs[:, 1]).double()
+    assert differences.mean().abs() < 0.1
+    assert differences.std() == pytest.approx(math.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize("normalization", ["none", "norm", "loss", "loss+"])
+def test_mgda_normalizes_before_comparing_and_scales_to_the_sum(normalization):
+    g, losses = gradients() * torch.tensor([[1.0], [10.0], [0.1]]), (0.5, 4.0, 2.0)
+    divisor = torch.ones(3, dtype=torch.float64)
+    if "loss" in normalization:
+        divisor = torch.tensor(losses, dtype=torch.float64)
+    if normalization in ("norm", "loss+"):
+        divisor = divisor * g.norm(dim=1)
+    w = MGDA(TASKS, normalization=normalization)(Given(losses, g)) / 3
+    assert w.sum() == pytest.approx(1)
+    scaled = g / divisor[:, None]
+    p = w @ scaled
+    miss = (scaled @ p - p @ p) / (p @ p)
+    assert miss.min() > -1e-6
+    assert miss[w > 1e-12].abs().max() < 1e-6
+    paper = MGDA(TASKS, normalization=normalization, scale="paper")(Given(losses, g))
+    torch.testing.assert_close(paper, w)
+
+
+def test_mgda_with_normalized_gradients_ignores_the_scale_of_a_loss():
+    g = gradients()
+    stretched = g * torch.tensor([[1.0], [100.0], [1.0]])
+    a, b = (MGDA(TASKS, normalization="norm")(Given(gradients=x)) for x in (g, stretched))
+    torch.testing.assert_close(a, b)
+
+
+def test_cagrad_is_in_the_sum_convention():
+    g = gradients()
+    torch.testing.assert_close(CAGrad(TASKS, c=0.0)(Given(gradients=g)), torch.ones(3, dtype=torch.float64))
+    plain, rescaled = (CAGrad(TASKS, rescale=r)(Given(gradients=g)) for r in (False, True))
+    torch.testing.assert_close(plain, rescaled * 1.16)
+    a, b = (CAGrad(TASKS)(Given(gradients=x)) for x in (g, 7 * g))
+    torch.testing.assert_close(a, b)
+
+
+def test_pcgrad_leaves_agreeing_gradients_alone():
+    g = gradients().abs()
+    assert PCGrad(TASKS)(Given(gradients=g)).tolist() == [1, 1, 1]
+
+
+def test_pcgrad_draws_another_order_in_every_step():
+    rule, g = PCGrad(TASKS), gradients(seed=3) - 0.3
+    found = {tuple(rule(Given(gradients=g)).tolist()) for _ in range(20)}
+    assert len(found) > 1
+
+
+def test_features_and_parameters_agree_behind_an_orthogonal_encoder():
+    """With a square orthogonal encoder and one sample, the two Gramians are proportional."""
+    tasks = tiny_tasks()
+    shared = nn.Linear(4, 4, bias=False).double()
+    nn.init.orthogonal_(shared.weight)
+    model = SplitModel(shared, {n: nn.Linear(4, 2).double() for n in "abc"})
+    (batch,) = batches(1, size=1)
+    for rule in (PCGrad, CAGrad, MGDA):
+        weights = [
+            torch.stack(
+                list(Step(model, tasks, Method(encoder=rule(tasks, at=at))).backward(batch).encoder_weights.values())
+            )
+            for at in ("features", "parameters")
+        ]
+        torch.testing.assert_close(weights[0], weights[1], rtol=1e-8, atol=1e-8)
+
+
+def test_graddrop_keeps_one_sign_per_coordinate_and_all_of_it():
+    g = gradients(count=3, size=1000)
+    out = GradDrop(TASKS, at="parameters")(Given(gradients=g))
+    positive, negative = g.clamp(min=0).sum(0), g.clamp(max=0).sum(0)
+    kept_positive = torch.isclose(out, positive)
+    assert (kept_positive | torch.isclose(out, negative)).all()
+    assert kept_positive.any()
+    assert not kept_positive.all()
+
+
+def test_graddrop_draws_the_positive_sign_in_proportion_to_its_purity():
+    g = torch.tensor([[3.0], [-1.0], [0.0]], dtype=torch.float64)
+    rule = GradDrop(TASKS, at="parameters")
+    outs = torch.stack([rule(Given(gradients=g)) for _ in range(4000)])
+    assert set(outs.flatten().tolist()) == {3.0, -1.0}
+    assert (outs == 3).double().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+def test_graddrop_leaks():
+    g = gradients()
+    whole = GradDrop(TASKS, at="parameters", leak=dict.fromkeys("abc", 1.0))(Given(gradients=g))
+    torch.testing.assert_close(whole, g.sum(0))
+
+
+def test_graddrop_at_features_shares_a_draw_over_the_batch():
+    """All samples of a feature keep or drop a task together, by the sign of the batch sum of sign(z) · g."""
+    z = gradients(seed=5, count=4, size=6)
+    g = gradients(seed=6, count=3, size=24)
+    out = GradDrop(TASKS)(Given(gradients=g, features=[z])).view(4, 6)
+    per_sample = g.view(3, 4, 6)
+    wants = (z.sign() * per_sample).sum(1)
+    up = (per_sample * (wants > 0)[:, None]).sum(0)
+    down = (per_sample * (wants < 0)[:, None]).sum(0)
+    for feature in range(6):
+        assert torch.allclose(out[:, feature], up[:, feature]) or torch.allclose(out[:, feature], down[:, feature])
+
+
+def test_a_coordinate_without_gradient_stays_without():
+    zero = torch.zeros(3, 5, dtype=torch.float64)
+    assert (pick_sign(zero, zero, torch.zeros(3, 1), torch.Generator()) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DWA(TASKS, window=0), "window must be 'epoch' or a positive number of steps, not 0"),
+        (lambda: DWA(TASKS, temperature=0.0), "temperature must be positive, not 0.0"),
+        (lambda: RLW(TASKS, scale="mean"), "scale must be 'sum' or 'paper', not 'mean'"),
+        (lambda: MGDA(TASKS, normalization="l2"), "normalization must be .* not 'l2'"),
+        (lambda: MGDA(TASKS, at="heads"), "at must be 'features' or 'parameters', not 'heads'"),
+        (lambda: CAGrad(TASKS, c=1.0), "c must be at least 0 and less than 1, not 1.0"),
+        (lambda: GradDrop(TASKS, leak={"a": 2.0}), "leak of task 'a' must be between 0 and 1, not 2.0"),
+    ],
+)
+def test_bad_options_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_leak_of_an_unknown_task():
+    with pytest.raises(MissingKey, match="leak for 'd', but the tasks are: a, b, c"):
+        GradDrop(TASKS, leak={"d": 0.5})
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "cagrad", "mgda", "graddrop"])
+def test_gradient_methods_leave_decoders_unweighted(name):
+    tasks = tiny_tasks()
+    step = Step(problem(), tasks, plugins.make_method(name, tasks))
+    for report in train(step, batches(2)):
+        assert [w.item() for w in report.decoder_weights.values()] == [1, 1, 1]
+
+
+def test_a_batch_without_any_label_moves_nothing():
+    tasks = tiny_tasks()
+    for name in ("equal", "pcgrad", "cagrad", "mgda", "graddrop"):
+        model, (batch, *_) = problem(), batches(1)
+        absent = {n: torch.full_like(y, math.nan) for n, y in batch.targets.items()}
+        Step(model, tasks, plugins.make_method(name, tasks)).backward(Batch(batch.inputs, absent))
+        assert all((p.grad == 0).all() for p in model.parameters())

@@ -1,0 +1,156 @@
+"""Optimality conditions of the solvers, over gradient matrices of chosen kinds, in float64."""
+
+import numpy as np
+import pytest
+from sidetask_baselines.cagrad import conflict_averse
+from sidetask_baselines.pcgrad import project
+from sidetask_baselines.simplex import SolverFailure, min_norm_weights, vectors
+
+COUNTS = (2, 3, 9, 20)
+KINDS = ("random", "aligned", "rank deficient", "duplicate", "opposing", "norm ratios of 1e4", "tiny", "huge")
+
+
+def sample(kind, count, seed, size=50):
+    """A matrix of `count` task gradients ``[T, D]``."""
+    rng = np.random.default_rng([seed, count, KINDS.index(kind)])
+    matrix = rng.normal(size=(count, size))
+    if kind == "aligned":
+        matrix += 1.0
+    elif kind == "rank deficient":
+        rank = max(1, count // 2)
+        matrix = rng.normal(size=(count, rank)) @ rng.normal(size=(rank, size))
+    elif kind == "duplicate":
+        matrix[1] = matrix[0]
+    elif kind == "opposing":
+        matrix[1] = -matrix[0]
+    elif kind == "norm ratios of 1e4":
+        matrix *= np.geomspace(1e-4, 1, count)[:, None]
+    elif kind == "tiny":
+        matrix *= 1e-12
+    elif kind == "huge":
+        matrix *= 1e12
+    return matrix
+
+
+@pytest.fixture(params=[(kind, count) for kind in KINDS for count in COUNTS], ids=lambda p: f"{p[0]}-{p[1]}")
+def matrices(request):
+    return [sample(*request.param, seed) for seed in range(10)]
+
+
+def test_vectors_reproduce_the_gramian(matrices):
+    for g in matrices:
+        lengths = np.linalg.norm(g, axis=1)
+        found = vectors(g @ g.T)
+        np.testing.assert_allclose(
+            found.T @ found / np.outer(lengths, lengths), g @ g.T / np.outer(lengths, lengths), atol=1e-13
+        )
+
+
+def test_the_shortest_combination_meets_its_kkt_conditions(matrices):
+    for g in matrices:
+        w = min_norm_weights(vectors(g @ g.T))
+        assert (w >= 0).all()
+        assert w.sum() == pytest.approx(1, abs=1e-12)
+        p = w @ g
+        length = np.linalg.norm(p)
+        if length > 1e-7 * np.linalg.norm(g, axis=1).min():
+            miss = (g @ p - length**2) / length**2
+            assert miss.min() > -1e-6
+            assert np.abs(miss[w > 0]).max() < 1e-6
+
+
+def test_two_tasks_have_a_closed_form():
+    for kind in KINDS:
+        for seed in range(20):
+            a, b = sample(kind, 2, seed)
+            w = min_norm_weights(vectors(np.array([[a @ a, a @ b], [a @ b, b @ b]])))
+            distance = (a - b) @ (a - b)
+            # Sener and Koltun, Equation 6; equal gradients allow any weights.
+            expected = np.clip((b - a) @ b / distance, 0, 1) if distance > 0 else w[0]
+            np.testing.assert_allclose(w, [expected, 1 - expected], atol=1e-9)
+
+
+def test_a_zero_gradient_is_the_shortest_combination():
+    g = sample("random", 5, 0)
+    g[2] = 0
+    np.testing.assert_array_equal(min_norm_weights(vectors(g @ g.T)), [0, 0, 1, 0, 0])
+
+
+def test_opposing_gradients_cancel():
+    g = np.array([[1.0, 0.0], [-3.0, 0.0]])
+    np.testing.assert_allclose(min_norm_weights(vectors(g @ g.T)) @ g, 0, atol=1e-12)
+
+
+def test_the_shortest_combination_is_equivariant(matrices):
+    for g in matrices[:3]:
+        order = np.random.default_rng(0).permutation(len(g))
+        p = min_norm_weights(vectors(g @ g.T)) @ g
+        permuted = g[order]
+        q = min_norm_weights(vectors(permuted @ permuted.T)) @ permuted
+        np.testing.assert_allclose(p, q, atol=1e-7 * np.linalg.norm(g, axis=1).min())
+        scaled = min_norm_weights(vectors(9 * (g @ g.T))) @ (3 * g)
+        np.testing.assert_allclose(scaled, 3 * p, atol=1e-7 * np.linalg.norm(g, axis=1).min())
+
+
+@pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
+def test_cagrad_closes_the_duality_gap(matrices, c):
+    for g in matrices:
+        mean = g.mean(axis=0)
+        radius = c * np.linalg.norm(mean)
+        weights = conflict_averse(g @ g.T, c)
+        step = weights @ g
+        longest = np.linalg.norm(g, axis=1).max()
+        assert (weights > 0).all()
+        # Feasible: within the ball around the mean gradient.
+        assert np.linalg.norm(step - mean) <= radius * (1 + 1e-6) + 1e-9 * longest
+        tilt = weights - 1 / len(g)
+        if tilt.sum() <= 1e-9:
+            continue
+        w = tilt / tilt.sum()
+        dual = w @ g @ mean + radius * np.linalg.norm(w @ g)
+        primal = (g @ step).min()
+        assert primal <= dual + 1e-6 * np.linalg.norm(step) * longest
+        assert dual - primal <= 1e-6 * np.linalg.norm(step) * longest
+
+
+def test_cagrad_with_one_zero_gradient_is_finite():
+    g = sample("random", 3, 0)
+    g[1] = 0
+    weights = conflict_averse(g @ g.T, 0.4)
+    assert np.isfinite(weights).all()
+    assert (g @ (weights @ g)).min() >= -1e-9
+
+
+def test_cagrad_of_opposing_gradients_is_their_mean():
+    np.testing.assert_array_equal(conflict_averse(np.array([[1.0, -1.0], [-1.0, 1.0]]), 0.4), [0.5, 0.5])
+
+
+def test_cagrad_without_radius_is_the_mean(matrices):
+    for g in matrices[:2]:
+        np.testing.assert_allclose(conflict_averse(g @ g.T, 0.0), 1 / len(g))
+
+
+def test_pcgrad_equals_projecting_the_gradients_themselves(matrices):
+    for g in matrices:
+        rng = np.random.default_rng(1)
+        orders = [rng.permutation(len(g)) for _ in g]
+        expected = np.zeros(g.shape[1])
+        for i, order in enumerate(orders):
+            projected = g[i].copy()
+            for j in order:
+                if j != i and projected @ g[j] < 0:
+                    projected -= projected @ g[j] / (g[j] @ g[j]) * g[j]
+            expected += projected
+        found = project(g @ g.T, orders) @ g
+        np.testing.assert_allclose(found, expected, atol=1e-9 * np.linalg.norm(g, axis=1).max() * len(g))
+
+
+def test_pcgrad_with_a_zero_gradient():
+    g = sample("random", 4, 0)
+    g[1] = 0
+    assert np.isfinite(project(g @ g.T, [[0, 1, 2, 3]] * 4)).all()
+
+
+def test_a_gramian_that_is_not_finite_raises():
+    with pytest.raises(SolverFailure, match=r"not finite.*2x2 Gramian: undefined"):
+        vectors(np.array([[1.0, np.nan], [np.nan, 1.0]]))

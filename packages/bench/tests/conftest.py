@@ -1,0 +1,91 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sidetask_bench import Experiment, load_experiment
+from sidetask_bench.document import dump
+
+# Small enough that a run takes a fraction of a second: 6 steps an epoch, 3 epochs.
+EXPERIMENT: dict[str, Any] = {
+    "name": "tiny",
+    "dataset": {"name": "digits", "train": 48, "validation": 20, "test": 24},
+    "network": {"name": "small", "widths": [4, 8]},
+    "method": "equal",
+    "training": {"epochs": 3, "batch_size": 8, "optimizer": {"name": "sgd", "lr": 0.05}, "threads": 1},
+    "rows": {"single": {"network": {"cut": 0}}, "equal": None},
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the tiny experiment, with overrides of its top-level keys, and gives the file."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(dump(EXPERIMENT | changes))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def load(tiny: Callable[..., Path]) -> Callable[..., Experiment]:
+    """The tiny experiment with ``key.path=value`` overrides."""
+
+    def build(*assignments: str) -> Experiment:
+        return load_experiment(tiny(), assignments)
+
+    return build
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python in another process; `killed` expects it to die of SIGKILL."""
+
+    def run(*arguments: str, killed: bool = False) -> subprocess.CompletedProcess[str]:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            out, err = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        assert not killed or process.returncode == -signal.SIGKILL, err
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture
+def outcome() -> Callable[[Path], Any]:
+    """What a finished run left, but for the times it took."""
+
+    def read(folder: Path) -> Any:
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for record in metrics:
+            del record["seconds"]
+        result = json.loads((folder / "result.json").read_text())
+        del result["seconds"], result["seconds_per_step"]
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)["trainer"]
+        tensors = {f"step.{k}": v for k, v in state["step"].items() if isinstance(v, torch.Tensor)}
+        for index, buffers in state["optimizer"]["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in buffers.items() if isinstance(v, torch.Tensor)}
+        best = torch.load(folder / "best.pt", weights_only=True)["model"]
+        tensors |= {f"best.{k}": v for k, v in best.items()}
+        weights = (folder / "weights.jsonl").read_text()
+        return metrics, result, weights, {k: v.numpy().tobytes() for k, v in tensors.items()}
+
+    return read

@@ -1,0 +1,121 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sidetask_bench import Experiment, ExperimentError, train
+from sidetask_bench.cli import app
+from sidetask_bench.document import presets
+from typer.testing import CliRunner, Result
+
+SHORT = ["--set", "training.epochs=1", "--set", "dataset.train=16"]
+
+
+@pytest.fixture
+def sidetask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_train_writes_a_run_and_says_where(sidetask: Callable[..., Result], tiny: Callable[..., Path]) -> None:
+    done = sidetask("train", tiny(), "--seed", 5, "--row", "single", *SHORT)
+    assert done.exit_code == 0, done.output
+    folder = Path("runs/tiny/single/seed5")
+    assert str(folder) in done.output
+    result = json.loads((folder / "result.json").read_text())
+    assert f"{result['test']['top_left']['accuracy']:.3f}" in done.output
+    assert len((folder / "weights.jsonl").read_text().splitlines()) == 2
+    again = sidetask("train", tiny(), "--seed", 5, "--row", "single", *SHORT)
+    assert again.exit_code == 0
+
+
+def test_compare_prints_the_table_and_the_report(sidetask: Callable[..., Result], tiny: Callable[..., Path]) -> None:
+    done = sidetask("compare", tiny(), "--folder", "here", *SHORT)
+    assert done.exit_code == 0, done.output
+    comparison = json.loads(Path("here/comparison.json").read_text())
+    assert [row["name"] for row in comparison["rows"]] == ["single", "equal"]
+    assert comparison["command"].startswith("sidetask compare")
+    assert comparison["command"].endswith("--set training.epochs=1 --set dataset.train=16")
+    for words in ("improvement", "single", "equal", str(Path("here/report.html"))):
+        assert words in done.output
+    assert Path("here/report.html").is_file()
+    Path("here/report.html").unlink()
+    assert sidetask("report", "here").exit_code == 0
+    assert Path("here/report.html").is_file()
+
+
+def test_a_run_that_fails_has_status_1(sidetask: Callable[..., Result], tiny: Callable[..., Path]) -> None:
+    done = sidetask("train", tiny(), "--set", "training.optimizer.lr=1e30")
+    assert done.exit_code == 1
+    assert "non-finite" in done.stderr
+    done = sidetask(
+        "compare", tiny(), *SHORT, "--set", "rows.wild={training: {optimizer: {lr: 1e30}}}", "--set", "dataset.train=32"
+    )
+    assert done.exit_code == 1
+    assert "left out: wild, seed 0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "nowhere.yaml"),
+        ("train", "digit"),
+        ("train", "{tiny}", "--row", "doubel"),
+        ("train", "{tiny}", "--set", "training.epoch=1"),
+        ("train", "{tiny}", "--set", "dataset.trian=1"),
+        ("compare", "{tiny}", "--set", "rows={}"),
+        ("report", "nowhere"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line_and_status_2(
+    sidetask: Callable[..., Result], tiny: Callable[..., Path], arguments: tuple[str, ...]
+) -> None:
+    words = [str(tiny()) if word == "{tiny}" else word for word in arguments]
+    done = sidetask(*words)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    debugged = sidetask(*words, "--debug")
+    assert type(debugged.exception).__name__ == "ExperimentError"
+
+
+def test_list_names_everything_with_its_distribution(sidetask: Callable[..., Result]) -> None:
+    done = sidetask("list")
+    assert done.exit_code == 0
+    for words in ("digits", "sidetask-datasets", "small", "sidetask-bench", *presets()):
+        assert words in done.output
+
+
+def test_demo_is_both_presets(sidetask: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("sidetask_bench.cli._compare", lambda *arguments: bool(seen.append(arguments[:2])))
+    assert sidetask("demo").exit_code == 0
+    assert [(experiment.name, folder) for experiment, folder in seen] == [
+        ("digits", Path("runs/digits")),
+        ("scenes", Path("runs/scenes")),
+    ]
+    for experiment, _ in seen:
+        assert list(experiment.rows) == ["single", "equal", "uncertainty", "pcgrad", "cagrad"]
+        assert len(experiment.seeds) >= 2
+
+
+def test_two_processes_train_one_run(
+    tiny: Callable[..., Path], load: Callable[..., Experiment], tmp_path: Path, python: Any
+) -> None:
+    """The command line itself, under torchrun: each process takes half of every batch, and process 0 writes."""
+    changes = ["training.epochs=2", "method=pcgrad", "training.checkpoint_every=2"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sidetask_bench"]
+    sets = [word for change in changes for word in ("--set", change)]
+    done = python(*launch, "train", str(tiny()), "--folder", "run", *sets)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run: run") == 1
+    folder = tmp_path / "run"
+    lines = [json.loads(line) for line in (folder / "weights.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(12))
+    assert json.loads((folder / "result.json").read_text())["processes"] == 2
+    (folder / "result.json").unlink()
+    with pytest.raises(ExperimentError, match=r"written by 2 process\(es\), and this is 1"):
+        train(load(*changes).run(None, 0), folder)

@@ -1,0 +1,80 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sidetask_bench import Experiment, ExperimentError, load_experiment
+from sidetask_bench.config import Adam, changed_keys, load_run_config
+from sidetask_bench.document import dump, presets
+from sidetask_bench.schema import build, plain
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_is_valid_and_survives_being_written(name: str) -> None:
+    experiment = load_experiment(name)
+    assert experiment.name == name
+    assert build(Experiment, plain(experiment)) == experiment
+    assert set(experiment.runs()) == set(experiment.rows)
+
+
+def test_a_row_changes_the_base_and_nothing_else(load: Callable[..., Experiment]) -> None:
+    experiment = load()
+    base, single = experiment.run(None, 0), experiment.run("single", 0)
+    assert changed_keys(base, single) == ["row: base -> single", "network.cut: (absent) -> 0"]
+
+
+def test_a_row_with_another_optimizer_starts_from_its_defaults(load: Callable[..., Experiment]) -> None:
+    experiment = load("rows.adam={training: {epochs: 5, optimizer: {name: adam, lr: 0.001}}}")
+    training = experiment.run("adam", 0).training
+    assert training.optimizer == Adam(lr=0.001)
+    assert training.epochs == 5
+    assert training.batch_size == experiment.training.batch_size
+
+
+def test_a_row_replaces_the_whole_method(load: Callable[..., Experiment]) -> None:
+    experiment = load("method={name: cagrad, c: 0.4}", "rows.mixed={method: {decoder: equal}}")
+    assert experiment.run("mixed", 0).method == {"decoder": "equal"}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("training.optimiser=sgd", ["training.optimiser", "did you mean 'optimizer'"]),
+        ("training.optimizer.betas=[0, 1]", ["training.optimizer.betas", "unknown key"]),
+        ("training.epochs=many", ["training.epochs", "a whole number", "'many'"]),
+        ("training.schedule=cosin", ["training.schedule", "did you mean 'cosine'"]),
+        ("training.schedule={name: step}", ["training.schedule", "at: [epochs]"]),
+        ("training.precision=half", ["training.precision", "float32, bfloat16, float16"]),
+        ("dataset={size: 3}", ["dataset.name"]),
+        ("method=3", ["method", "a method's name"]),
+        ("seeds=[]", ["seeds"]),
+        ("seeds=[0, 0]", ["all different"]),
+        ("seeds=[-1]", ["seeds", "at least 0"]),
+        ("name=a/b", ["names a folder"]),
+        ("name=..", ["names a folder"]),
+        ("baseline=singel", ["baseline", "did you mean 'single'"]),
+        ("improvement=best", ["improvement", "mean-of-tasks"]),
+        ("rows.single={dataset: digits}", ["rows.single.dataset", "network, method, training"]),
+        ("rows.single={training: {epoch: 1}}", ["rows.single.training.epoch", "did you mean 'epochs'"]),
+        ("rows.single=3", ["rows.single", "a mapping"]),
+        ("rows={../up: null}", ["names a folder"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_path(load: Callable[..., Experiment], assignment: str, words: list[str]) -> None:
+    with pytest.raises(ExperimentError) as caught:
+        load(assignment)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_run_names_the_rows_there_are(load: Callable[..., Experiment]) -> None:
+    with pytest.raises(ExperimentError, match="did you mean 'equal'"):
+        load().run("equals", 0)
+    with pytest.raises(ExperimentError, match="no rows to compare"):
+        load("rows={}").runs()
+
+
+def test_a_run_is_stored_and_read_back(load: Callable[..., Experiment], tmp_path: Path) -> None:
+    config: Any = load("method={encoder: pcgrad, decoder: {name: fixed, weights: {top_left: 1e-4}}}").run("single", 7)
+    (tmp_path / "config.yaml").write_text(dump(plain(config)))
+    assert load_run_config(tmp_path / "config.yaml") == config

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sidetask_core import Rule, SplitModel, Step, plugins
 
 from sidetask_bench.config import Plugin, RunConfig
 from sidetask_bench.schema import ExperimentError, unknown
-from sidetask_core import Rule, SplitModel, Step, plugins
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from sidetask_core import NonFiniteLoss, parallel, plugins
 
 from sidetask_bench import document, tables
 from sidetask_bench.compare import compare as run_comparison
@@ -20,7 +21,6 @@ from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_bench.run import train as run_training
 from sidetask_bench.runtime import processes
 from sidetask_bench.schema import ExperimentError
-from sidetask_core import NonFiniteLoss, parallel, plugins
 
 app = typer.Typer(
     help="Train and compare multi-task and auxiliary-learning methods.",

@@ -9,13 +9,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from sidetask_core import NonFiniteLoss, Task, parallel, relative_improvement, relative_improvement_by_task
+
 from sidetask_bench import storage, tables
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, RunConfig
 from sidetask_bench.progress import Display
 from sidetask_bench.run import train
 from sidetask_bench.schema import ExperimentError, plain
-from sidetask_core import NonFiniteLoss, Task, parallel, relative_improvement, relative_improvement_by_task
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-
 from sidetask_core import SplitModel, Task
+from torch import nn
 
 if TYPE_CHECKING:
     from sidetask_datasets import Split
@@ -93,5 +92,7 @@ def _copies(task: Task, device: torch.device) -> dict[str, Any]:
     for name, metric in task.metrics.items():
         clone: Any = copy.deepcopy(metric)
         clone.reset()
+        # One process judges the whole split; torchmetrics would wait for the others to join in.
+        clone.distributed_available_fn = lambda: False
         copies[name] = clone.to(device) if hasattr(clone, "to") else clone
     return copies

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sidetask_core import SplitModel, parallel
 
 from sidetask_bench import runtime, storage
 from sidetask_bench.assemble import make_dataset, make_step
@@ -28,7 +29,6 @@ from sidetask_bench.evaluate import evaluate, score
 from sidetask_bench.progress import Display
 from sidetask_bench.schema import ExperimentError, plain
 from sidetask_bench.trainer import Trainer
-from sidetask_core import SplitModel, parallel
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from sidetask_core import parallel
 
 from sidetask_bench.config import Training
 from sidetask_bench.schema import ExperimentError
-from sidetask_core import parallel
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sidetask_core import Report, parallel
 from torch import Tensor
 
 from sidetask_bench import runtime
@@ -13,7 +14,6 @@ from sidetask_bench.assemble import make_step
 from sidetask_bench.config import RunConfig
 from sidetask_bench.optimization import learning_rate_factor, make_optimizer
 from sidetask_bench.schema import ExperimentError
-from sidetask_core import Report, parallel
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
@@ -37,7 +37,7 @@ class Trainer:
         epoch: the epoch the next step belongs to; `position` optimizer steps of it are done, `total` in all.
 
     Raises:
-        ExperimentError: if the data do not fill one step, or an accumulated one.
+        ExperimentError: if the data do not fill one (accumulated) step, or the processes cannot share a batch.
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
@@ -51,12 +51,14 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type) if half else None
         self.epoch = self.position = self.total = 0
         self.loss_sums: dict[str, Tensor] = {}
-        self.steps_per_epoch = self.data.count(self.training.batch_size) // self.training.accumulate
-        if not self.steps_per_epoch:
+        size, accumulate, samples = self.training.batch_size, self.training.accumulate, len(self.data)
+        if size % parallel.world():
+            raise ExperimentError(f"training.batch_size: {parallel.world()} processes cannot share {size} equally")
+        if samples < size * accumulate:
             raise ExperimentError(
-                f"training.batch_size: {self.training.accumulate} x {self.training.batch_size} samples make a step, "
-                f"but there are {len(self.data)} to train on"
+                f"training.batch_size: a step takes {accumulate} x {size} samples, but there are {samples} to train on"
             )
+        self.steps_per_epoch = self.data.count(size) // accumulate
         # What the network draws while it trains (dropout) differs between processes, unlike its initial weights.
         torch.manual_seed(config.seed + parallel.rank())
 

@@ -26,10 +26,12 @@ Pixels = npt.NDArray[np.uint8]
 _SIDE = 256
 _DPI = 150
 
+MARKS = {"right": "✓", "wrong": "✗"}
+
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture with what is written under it; `note` says what pixels cannot (right or wrong, for a label)."""
+    """One picture with what is written under it; `note` says of a label whether it is "right" or "wrong"."""
 
     caption: str
     pixels: Pixels
@@ -38,11 +40,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Strip:
-    """One task of one sample: input, truth, then the prediction of every row."""
+    """One task of one sample: input, truth, then the prediction of every row; `kind` is that of the task's view."""
 
     task: str
     sample: int
     pictures: list[Picture]
+    kind: str = "image"
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def png(gallery: Gallery, path: Path) -> Path:
     """All strips in one picture, a strip per line."""
     columns = max(len(strip.pictures) for strip in gallery.strips)
     height, width = np.mean([strip.pictures[0].pixels.shape[:2] for strip in gallery.strips], axis=0)
-    cell = 1.5
+    cell = 0.8 if all(strip.kind == "label" for strip in gallery.strips) else 1.5
     figure = Figure(
         figsize=(cell * columns + 0.5, (cell * height / width + 0.28) * len(gallery.strips)),
         dpi=_DPI,
@@ -118,7 +121,7 @@ def png(gallery: Gallery, path: Path) -> Path:
             ax.set_axis_off()
         for ax, picture in zip(axes, strip.pictures, strict=False):
             ax.imshow(picture.pixels, interpolation="nearest")
-            title = f"{picture.caption}: {picture.note}" if picture.note else picture.caption
+            title = f"{picture.caption} {MARKS.get(picture.note, '')}".strip()
             ax.set_title(title.replace("$", r"\$"), fontsize=7.5, color="#1b1f24", pad=3)
         axes[0].text(
             -0.06,
@@ -142,7 +145,7 @@ def _start(dataset: Dataset, task: Task, batch: Batch, index: int) -> Strip:
     target = batch.target_of(task)
     if target is not None:
         pictures.append(Picture("truth", _thinned(dataset.views[task.name].image(target[0]))))
-    return Strip(task.name, index, pictures)
+    return Strip(task.name, index, pictures, dataset.views[task.name].kind)
 
 
 def _predicted(dataset: Dataset, task: Task, batch: Batch, prediction: Tensor, row: str) -> Picture:

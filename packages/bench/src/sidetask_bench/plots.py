@@ -207,10 +207,11 @@ def _lines(
     ax.set_xlabel(x, color=LIGHT.muted, fontsize=9)
     ax.set_ylabel(y, color=LIGHT.muted, fontsize=9)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(6))
+    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     lowest = min(float(np.nanmin(curve.low)) for curve in curves.values())
     highest = max(float(np.nanmax(curve.high)) for curve in curves.values())
-    if lowest > 0 and highest > 50 * lowest:
+    means = np.concatenate([curve.mean[np.isfinite(curve.mean)] for curve in curves.values()])
+    if means.min() > 0 and means.max() > 50 * means.min():
         ax.set_yscale("log")
     elif rule is not None and highest - lowest < 0.1:  # do not blow rounding errors up to a drama
         ax.set_ylim(min(lowest, rule) - 0.1, max(highest, rule) + 0.1)
@@ -252,6 +253,7 @@ def _name_ends(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
                 "linewidth": 0.6,
                 "shrinkA": 1,
                 "shrinkB": 0,
+                "relpos": (0, 0.5),
             },
         )
 
@@ -292,7 +294,7 @@ def _bars(ax: Axes, rows: Sequence[RowRecord], bars: Sequence[Bar | None], label
             ax.errorbar(bar.mean, index, xerr=bar.std, color=LIGHT.ink, linewidth=1.2, capsize=3)
         ax.plot(bar.seeds, [index] * len(bar.seeds), "o", color=LIGHT.ink, markersize=2.6, alpha=0.75)
         ax.annotate(
-            f"{bar.mean:+.1f}",
+            _signed(bar.mean),
             (max([bar.mean + (bar.std or 0), *bar.seeds]) + 0.03 * reach, index)
             if bar.mean >= 0
             else (min([bar.mean - (bar.std or 0), *bar.seeds]) - 0.03 * reach, index),
@@ -306,8 +308,12 @@ def _bars(ax: Axes, rows: Sequence[RowRecord], bars: Sequence[Bar | None], label
     ax.margins(x=0.18)
 
 
+def _signed(value: float) -> str:
+    return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
+
+
 def _in_words(rows: Sequence[RowRecord], bars: Sequence[Bar | None]) -> str:
-    return "; ".join(f"{row.name} {bar.mean:+.1f} %" for row, bar in zip(rows, bars, strict=True) if bar)
+    return "; ".join(f"{row.name} {_signed(bar.mean)} %" for row, bar in zip(rows, bars, strict=True) if bar)
 
 
 def _ends_in_words(what: str, curves: Mapping[str, Curve]) -> str:

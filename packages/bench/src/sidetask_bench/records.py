@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-# More points than this on a panel a few hundred pixels wide would only overprint each other.
-_POINTS = 200
+# Weights may jump at every step; means of stretches show their course, and the band how far they jump.
+_POINTS = 60
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ def load(folder: Path | str) -> Comparison:
 
 
 def losses(comparison: Comparison) -> dict[str, dict[str, Curve]]:
-    """Task to row to the training loss per epoch: mean and standard deviation over the seeds."""
+    """Task to row to the training loss per epoch, counted from 1: mean and standard deviation over the seeds."""
     return _per_epoch(comparison, lambda line, task: line.get("losses", {}).get(task.name))
 
 
 def validation(comparison: Comparison) -> dict[str, dict[str, Curve]]:
-    """Task to row to the headline metric per epoch: mean and standard deviation over the seeds."""
+    """Task to row to the headline metric per epoch, counted from 1: mean and standard deviation over the seeds."""
     return _per_epoch(
         comparison,
         lambda line, task: line.get("validation", {}).get(task.name, {}).get(task.headline),
@@ -177,7 +177,7 @@ def _per_epoch(comparison: Comparison, read: Any) -> dict[str, dict[str, Curve]]
         length = min((len(run) for run in runs), default=0)
         if not length:
             continue
-        epochs = np.array([float(line["epoch"]) for line in runs[0][:length]])
+        epochs = np.array([line["epoch"] + 1.0 for line in runs[0][:length]])
         for task in comparison.tasks:
             values = np.array([[_number(read(line, task)) for line in run[:length]] for run in runs])
             if np.isfinite(values).any():

@@ -120,6 +120,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         unweighted=[row.name for row in comparison.rows if not weights[row.name]],
         gallery=gallery if gallery and gallery.strips else None,
         no_gallery=missing,
+        marks=galleries.MARKS,
         config=dump(comparison.config) if comparison.config else "",
     )
     path = comparison.folder / "report.html"

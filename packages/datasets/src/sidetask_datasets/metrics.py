@@ -247,4 +247,4 @@ class EdgeF(Metric):
         # hit[k] counts edges whose score reaches k / steps: everything in the bins from k on.
         hit = self.positives.flip(0).cumsum(0).double()
         false = self.negatives.flip(0).cumsum(0).double()
-        return (2 * hit / (hit + false + self.positives.sum())).nan_to_num(_NAN).amax()
+        return (2 * hit / (hit + false + self.positives.sum())).amax()

@@ -28,13 +28,14 @@ class Dice:
 
     def __call__(self, low: float, high: float) -> Tensor:
         """``[B]`` uniform between `low` and `high`."""
-        self.position += 1
-        return low + (high - low) * self.numbers[:, self.position - 1]
+        return self.many(low, high, 1)[:, 0]
 
     def many(self, low: float, high: float, count: int) -> Tensor:
         """``[B, count]`` uniform between `low` and `high`."""
-        self.position += count
-        return low + (high - low) * self.numbers[:, self.position - count : self.position]
+        first, self.position = self.position, self.position + count
+        if self.position > self.numbers.shape[1]:
+            raise IndexError(f"a room takes more than {self.numbers.shape[1]} numbers")
+        return low + (high - low) * self.numbers[:, first : self.position]
 
     def there(self, probability: float) -> Tensor:
         """``[B]``, 1 with this probability, else 0."""

@@ -258,12 +258,15 @@ def test_gaps_become_dashes(tmp_path):
     data = make(tmp_path, rows=("single", "equal"), seeds=(0, 1), steps=3, epochs=2)
     data["rows"][1]["mean"]["depth"]["absolute"] = None
     data["rows"][1]["std"]["depth"]["absolute"] = None
+    data["rows"][1]["improvement"] |= {"mean": None, "std": None, "values": [None, None]}
+    data["failed"] = [{"row": HOSTILE, "seed": 1, "error": "task 'depth': loss is nan at iteration 7"}]
     (tmp_path / "comparison.json").write_text(json.dumps(data))
     for run in data["rows"][0]["runs"]:
         (tmp_path / run["folder"] / "metrics.jsonl").unlink()
         (tmp_path / run["folder"] / "weights.jsonl").unlink()
     text = report.write(tmp_path).read_text(encoding="utf-8")
-    assert Page(text).tables[0][2][3] == "–"
+    assert Page(text).tables[0][2][3] == Page(text).tables[0][2][1] == "–"
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;, seed 1: task &#39;depth&#39;: loss is nan at iteration 7" in text
     assert "No gallery: " in text, "there are no trained networks"
     assert not (tmp_path / "pictures" / "gallery.png").exists()
 

@@ -15,7 +15,7 @@ def comparison(tmp_path, values):
             "runs": [{"seed": seed, "folder": f"{name}/seed{seed}"} for seed in range(len(found))],
             "mean": {},
             "std": {},
-            "improvement": {"mean": float(np.mean(found)), "std": None, "values": found},
+            "improvement": {"mean": None if None in found else float(np.mean(found)), "std": None, "values": found},
         }
         for name, found in values.items()
     ]
@@ -77,3 +77,9 @@ def test_one_seed(tmp_path):
 
 def test_a_row_alone(tmp_path):
     assert "nothing to compare" in verdict(comparison(tmp_path, {"single": [0.0]}))[0]
+
+
+def test_a_row_without_an_improvement_is_passed_over(tmp_path):
+    sentences = verdict(comparison(tmp_path, {"single": [0.0, 0.1], "equal": [1.0, 2.0], "b": [None, None]}))
+    assert sentences[0].startswith("equal comes out best")
+    assert len(sentences) == 2

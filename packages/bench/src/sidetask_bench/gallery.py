@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,6 @@ from sidetask_core import Batch, Task
 from sidetask_datasets import Dataset, View
 from torch import Tensor
 
-from sidetask_bench.config import load_run_config
 from sidetask_bench.records import Comparison
 from sidetask_bench.run import load_run
 
@@ -79,14 +77,10 @@ def collect(comparison: Comparison, samples: int | None = None) -> Gallery:
         ExperimentError: if a run has no trained network, or its data cannot be built.
     """
     dataset: Dataset | None = None
-    config: Any = None
     strips: dict[tuple[int, str], Strip] = {}
     legends: dict[str, Legend] = {}
     for row in comparison.rows:
-        folder = comparison.folder / row.runs[0]["folder"]
-        own = load_run_config(folder / "config.yaml").dataset
-        _, dataset, model = load_run(folder, dataset if own == config else None)
-        config = own
+        _, dataset, model = load_run(comparison.folder / row.runs[0]["folder"], dataset)
         indices = _even(len(dataset.test), samples or (3 if dataset.dense else 8))
         for index in indices:
             batch = dataset.test[index]

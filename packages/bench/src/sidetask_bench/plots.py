@@ -89,15 +89,12 @@ def improvement_panels(comparison: Comparison) -> list[Panel]:
     """The overall improvement of every row, then that of each task, against the baseline."""
     rows = comparison.rows
     label = f"improvement on {_short(comparison.baseline)} (%)"
-    overall: list[Bar | None] = [
-        Bar(row.improvement["mean"], row.improvement["std"], row.values if len(row.runs) > 1 else []) for row in rows
-    ]
+    overall = [_bar(row.improvement, row.values if len(row.runs) > 1 else []) for row in rows]
     left = 0.2 + 0.085 * max(len(_short(row.name)) for row in rows)
     draw = partial(_bars, rows=rows, label=label)
     panels = [Panel("All primary tasks", partial(draw, bars=overall), _in_words(rows, overall), left, 0.15)]
     for task in comparison.tasks:
-        found = [row.improvement.get("by_task", {}).get(task.name) for row in rows]
-        bars = [Bar(one["mean"], one["std"]) if one else None for one in found]
+        bars = [_bar(row.improvement.get("by_task", {}).get(task.name)) for row in rows]
         if any(bars):
             panels.append(Panel(task.name, partial(draw, bars=bars), _in_words(rows, bars), left, 0.15))
     return panels
@@ -279,6 +276,10 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
             below, fewer = groups.pop()
             groups.append(((below * fewer + centre * count) / (fewer + count), fewer + count))
     return [centre + gap * (index - (count - 1) / 2) for centre, count in groups for index in range(count)]
+
+
+def _bar(found: Mapping[str, Any] | None, seeds: Sequence[float] = ()) -> Bar | None:
+    return None if not found or found["mean"] is None else Bar(found["mean"], found["std"], seeds)
 
 
 def _bars(ax: Axes, rows: Sequence[RowRecord], bars: Sequence[Bar | None], label: str) -> None:

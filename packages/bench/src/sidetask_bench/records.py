@@ -56,8 +56,8 @@ class RowRecord:
 
     @property
     def values(self) -> list[float]:
-        """The improvement of every seed, in percent."""
-        return [float(value) for value in self.improvement["values"]]
+        """The improvement of every seed, in percent; those that could not be computed are left out."""
+        return [float(value) for value in self.improvement["values"] if value is not None and math.isfinite(value)]
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -80,6 +80,7 @@ class Comparison:
     versions: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
+    failed: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def seeds(self) -> int:
@@ -134,6 +135,7 @@ def load(folder: Path | str) -> Comparison:
         data.get("versions", {}),
         data.get("config", {}),
         data.get("command"),
+        data.get("failed", []),
     )
 
 

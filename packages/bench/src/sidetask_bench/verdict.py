@@ -60,12 +60,12 @@ def verdict(comparison: Comparison) -> list[str]:
     """A few sentences: the best row, its gain on the baseline, its lead on the next, and what is within noise."""
     baseline = next((row for row in comparison.rows if row.name == comparison.baseline), None)
     others = sorted(
-        (row for row in comparison.rows if row is not baseline),
+        (row for row in comparison.rows if row is not baseline and row.values),
         key=lambda row: fmean(row.values),
         reverse=True,
     )
     if not others:
-        return [f"{comparison.rows[0].name} is the only row: there is nothing to compare it with."]
+        return [f"There is nothing to compare {comparison.baseline} with."]
     best = others[0]
     gain = fmean(best.values)
     if gain > 0:
@@ -73,7 +73,7 @@ def verdict(comparison: Comparison) -> list[str]:
     else:
         first = f"No row beats {comparison.baseline}; the closest is {best.name}, {_percent(gain)} worse"
     sentences = [f"{first} ({_basis(comparison, best)})."]
-    if baseline is not None:
+    if baseline is not None and baseline.values:
         word = "gain" if gain > 0 else "loss"
         sentences.append(_judged(f"This {word}", difference(best.values, baseline.values), comparison.baseline))
     if len(others) > 1:

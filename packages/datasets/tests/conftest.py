@@ -1,4 +1,11 @@
+import pytest
 import torch
 
-# The machines that run these tests have few cores and several test processes.
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors here are small: a second thread costs more than it does where other processes want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,7 +1,7 @@
 """Metrics over a whole dataset: sums in double precision, so that nothing depends on batch size or order.
 
-Only what torchmetrics does not have; `accuracy` is its own. Each takes predictions as heads give them and
-targets as batches have them, ignores what is unlabelled, adds up over processes, and is NaN where nothing was labelled.
+Only what torchmetrics does not have; `accuracy` is its own. Each takes predictions as heads give them and targets as
+batches have them, ignores what is unlabelled and adds up over processes. Where nothing was labelled, ours are NaN.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def _below(passes: Passes, domain: Domain, weights: Weights, local: dict[nn.Para
         if weights.combined is not None and weights.combined.at == "features":
             flat = weights.combined.gradient
         else:
-            flat = weights.encoder[domain.tasks].to(matrix) @ matrix
+            flat = torch.stack([weights.encoder[t] for t in domain.tasks]).to(matrix) @ matrix
         return cut.split(flat * passes.scale.to(matrix))
     for branch in domain.branches:
         for_encoder, for_decoder = at_branches[id(branch)]

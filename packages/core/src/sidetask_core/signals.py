@@ -74,12 +74,13 @@ class Signals:
             return self._gramians[at].diagonal().sqrt()
         if _place(at) == "parameters":
             return self._finite(torch.linalg.vector_norm(self.gradients(at), dim=1))
-        squares = torch.zeros_like(self.losses)
+        norms = list(torch.zeros_like(self.losses))
         for domain in self._passes.domains:
             self._need_features(domain.cut.below)
-            norms = torch.linalg.vector_norm(self._passes.feature_gradients(domain), dim=1)
-            squares[domain.tasks] = norms.square().to(squares)
-        return self._finite(parallel.add(squares).sqrt())
+            of_domain = torch.linalg.vector_norm(self._passes.feature_gradients(domain), dim=1)
+            for t, norm in zip(domain.tasks, of_domain, strict=True):
+                norms[t] = norm
+        return self._finite(parallel.add(torch.stack(norms).square()).sqrt())
 
     def gramian(self, at: Place) -> Tensor:
         """Inner products of the tasks' gradients ``[T, T]``, at the shared features or over the shared parameters.

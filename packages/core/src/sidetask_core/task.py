@@ -119,7 +119,7 @@ class Task:
 def masked_sum(losses: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum of the element losses under the mask, and the number of elements summed."""
     if mask is None:
-        return losses.sum(), losses.new_tensor(float(losses.numel())).detach()
+        return losses.sum(), losses.detach().new_full((), losses.numel())
     return torch.where(mask, losses, 0.0).sum(), mask.sum().to(losses.dtype)
 
 

@@ -136,6 +136,21 @@ def test_compare_runs_what_is_missing(load: Loader, tmp_path: Path, monkeypatch:
     assert (tmp_path / "c" / "table.md").read_text() == tables.markdown(comparison)
 
 
+def test_runs_side_by_side_give_what_runs_in_order_give(load: Loader, tmp_path: Path) -> None:
+    wild = "rows.wild={training: {optimizer: {lr: 1e30}}}"
+    experiment = load("training.epochs=1", "dataset.train=16", wild)
+    found = []
+    for jobs in (1, 2):
+        comparison = compare(experiment, tmp_path / str(jobs), jobs=jobs)
+        for row in comparison["rows"]:
+            del row["seconds_per_step"]
+            for run in row["runs"]:
+                del run["seconds"], run["seconds_per_step"]
+        found.append(comparison)
+    assert found[0] == found[1]
+    assert [failure["row"] for failure in found[1]["failed"]] == ["wild"]
+
+
 def test_a_mistake_in_the_last_row_is_found_before_the_first_is_trained(load: Loader, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="pcgrade"):
         compare(load("rows.last={method: pcgrade}"), tmp_path / "c")

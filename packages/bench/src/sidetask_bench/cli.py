@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ Assignments = Annotated[
 ]
 Runs = Annotated[Path, typer.Option("--runs", help="Where experiments get their folders.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again, whatever the folder holds.")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time, each in its own process.", min=1)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -97,24 +99,33 @@ def compare(
     assignments: Assignments = None,
     folder: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
     runs: Runs = Path("runs"),
+    jobs: Jobs = 1,
     overwrite: Overwrite = False,
 ) -> None:
     """Train every row with every seed, and write table and report; finished runs are kept."""
     loaded = load_experiment(experiment, assignments or ())
     words = ["sidetask", "compare", experiment, *(word for each in assignments or () for word in ("--set", each))]
-    failed = _compare(loaded, folder or runs / loaded.name, overwrite, shlex.join(words), Console())
+    failed = _compare(loaded, folder or runs / loaded.name, jobs, overwrite, shlex.join(words), Console())
     if failed:
         raise typer.Exit(1)
 
 
 @app.command()
 @_reported
-def demo(runs: Runs = Path("runs"), overwrite: Overwrite = False) -> None:
+def demo(
+    runs: Runs = Path("runs"),
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", help="Runs at a time; one for each core if not given.", min=1)
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
     """Compare five methods on two made-up data sets; some minutes on two CPU cores."""
     failed = False
+    # A run of the demo is on one thread, so that its numbers are the same on every machine of a kind.
     for name in ("digits", "scenes"):
         command = f"sidetask compare {name}"
-        failed |= _compare(load_experiment(name), runs / name, overwrite, command, Console())
+        at_once = jobs or os.cpu_count() or 1
+        failed |= _compare(load_experiment(name), runs / name, at_once, overwrite, command, Console())
     if failed:
         raise typer.Exit(1)
 
@@ -145,8 +156,9 @@ def list_installed() -> None:
     console.print(table)
 
 
-def _compare(experiment: Experiment, folder: Path, overwrite: bool, command: str, console: Console) -> bool:
-    comparison = run_comparison(experiment, folder, overwrite=overwrite, display=_display(console), command=command)
+def _compare(experiment: Experiment, folder: Path, jobs: int, overwrite: bool, command: str, console: Console) -> bool:
+    display = _display(console)
+    comparison = run_comparison(experiment, folder, jobs=jobs, overwrite=overwrite, display=display, command=command)
     if parallel.rank():
         return False
     # A table that is cut off says nothing: outside a terminal there is no width to keep to.

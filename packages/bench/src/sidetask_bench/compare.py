@@ -9,14 +9,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from sidetask_core import NonFiniteLoss, Task, parallel, relative_improvement, relative_improvement_by_task
+from sidetask_core import Task, parallel, relative_improvement, relative_improvement_by_task
 
 from sidetask_bench import storage, tables
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, RunConfig
 from sidetask_bench.progress import Display
-from sidetask_bench.run import train
 from sidetask_bench.schema import ExperimentError, plain
+from sidetask_bench.workers import train_all
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
@@ -29,6 +29,7 @@ def compare(
     folder: str | Path,
     *,
     seeds: Iterable[int] | None = None,
+    jobs: int = 1,
     overwrite: bool = False,
     display: Display | None = None,
     command: str = "",
@@ -42,6 +43,8 @@ def compare(
         experiment: with rows.
         folder: gets ``<row>/seed<k>/`` for the runs, ``comparison.json``, ``table.md`` and ``table.csv``.
         seeds: instead of the experiment's.
+        jobs: so many runs at a time, each in its own process. Give `training.threads` for results that do not depend
+            on it: sums on several threads round differently.
         overwrite: start every run again.
         display: shows progress; nothing by default.
         command: how a reader can run this again; kept in the comparison.
@@ -58,17 +61,22 @@ def compare(
     dataset = make_dataset(experiment.dataset)
     for configs in runs.values():
         make_step(configs[0], dataset)
+    if jobs > 1 and parallel.world() > 1:
+        raise ExperimentError("--jobs: torchrun's processes share each run already; give it 1")
+    places = [(config, folder / row / f"seed{config.seed}") for row, configs in runs.items() for config in configs]
+    outcomes = train_all(
+        places, dataset, experiment.dataset, at_once=jobs, overwrite=overwrite, display=display or Display()
+    )
+    done = {(config.row, config.seed): outcome for config, outcome in outcomes}
     results: dict[str, list[dict[str, Any]]] = {}
     failed: list[dict[str, Any]] = []
-    for row, configs in runs.items():
-        for config in configs:
-            place = f"{row}/seed{config.seed}"
-            try:
-                result = train(config, folder / place, dataset=dataset, overwrite=overwrite, display=display)
-            except NonFiniteLoss as error:
-                failed.append({"row": row, "seed": config.seed, "error": str(error)})
-                continue
-            results.setdefault(row, []).append({"seed": config.seed, "folder": place, **result})
+    for config, place in places:
+        outcome = done[config.row, config.seed]
+        if "error" in outcome:
+            failed.append({"row": config.row, "seed": config.seed, **outcome})
+        else:
+            where = place.relative_to(folder).as_posix()
+            results.setdefault(config.row, []).append({"seed": config.seed, "folder": where, **outcome})
     if parallel.rank():
         return {}
     comparison = summarize(experiment, dataset, runs, results)

@@ -1,0 +1,79 @@
+"""Runs one after the other, or several at a time in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sidetask_core import NonFiniteLoss
+
+from sidetask_bench.assemble import make_dataset
+from sidetask_bench.config import Plugin, RunConfig
+from sidetask_bench.progress import Display
+from sidetask_bench.run import train
+
+if TYPE_CHECKING:
+    from sidetask_datasets import Dataset
+
+Job = tuple[RunConfig, Path]
+
+_dataset: Dataset | None = None
+
+
+def train_all(
+    jobs: Sequence[Job], dataset: Dataset, plugin: Plugin, *, at_once: int, overwrite: bool, display: Display
+) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
+    """Train every job in its folder; gives each run with its result, or with ``{"error": ...}`` if it diverged.
+
+    Args:
+        jobs: runs and folders.
+        dataset: the data of all of them.
+        plugin: how another process makes the same data.
+        at_once: so many runs side by side, each in a process that takes its share of the cores; results come in the
+            order they are ready. 1 trains here, in order.
+        overwrite: start again, whatever the folders hold.
+        display: shows progress; several at once report only when they finish.
+    """
+    at_once = min(at_once, len(jobs))
+    if at_once <= 1:
+        for config, folder in jobs:
+            yield config, _attempt(config, folder, overwrite, dataset, display)
+        return
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    # Spawned, since neither CUDA nor OpenMP survives a fork.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(at_once, context, _start, (plugin, threads))
+    try:
+        futures = {pool.submit(_attempt_there, config, folder, overwrite): config for config, folder in jobs}
+        for future in as_completed(futures):
+            config, result = futures[future], future.result()
+            if "error" not in result:
+                display.finished(f"{config.row}/seed{config.seed}", result)
+            yield config, result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _attempt(
+    config: RunConfig, folder: Path, overwrite: bool, dataset: Dataset, display: Display | None
+) -> dict[str, Any]:
+    try:
+        return train(config, folder, dataset=dataset, overwrite=overwrite, display=display)
+    except NonFiniteLoss as error:
+        return {"error": str(error)}
+
+
+def _start(plugin: Plugin, threads: int) -> None:
+    global _dataset  # noqa: PLW0603 (what the jobs of this process share)
+    torch.set_num_threads(threads)
+    _dataset = make_dataset(plugin)
+
+
+def _attempt_there(config: RunConfig, folder: Path, overwrite: bool) -> dict[str, Any]:
+    assert _dataset is not None
+    return _attempt(config, folder, overwrite, _dataset, None)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from sidetask_bench import Experiment, ExperimentError, load_experiment
 from sidetask_bench.config import Adam, changed_keys, load_run_config
-from sidetask_bench.document import dump, presets
+from sidetask_bench.document import dump, parse, presets
 from sidetask_bench.schema import build, plain
 
 
@@ -15,6 +15,12 @@ def test_every_preset_is_valid_and_survives_being_written(name: str) -> None:
     assert experiment.name == name
     assert build(Experiment, plain(experiment)) == experiment
     assert set(experiment.runs()) == set(experiment.rows)
+
+
+def test_the_experiment_of_the_readme_is_valid() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    experiment = build(Experiment, parse(text.split("```yaml")[1].split("```")[0]))
+    assert list(experiment.runs()) == ["single", "equal", "uncertainty", "cagrad"]
 
 
 def test_a_row_changes_the_base_and_nothing_else(load: Callable[..., Experiment]) -> None:

@@ -63,7 +63,7 @@ def scenes(
         test: scenes for the final numbers.
         seed: of the world: other seeds, other rooms. The splits of one seed never share a room.
         difficulty: 0 to 1: more furniture, less typical colours, less contrast, more varied light, more sensor noise
-            (standard deviation 0.01 to 0.06 of white).
+            (standard deviation 0.01 to 0.04 of white).
         label_noise: 0 to 1, of `train` only: share of pixels whose class, part or edge is wrong; standard deviation of
             depth, relative to it, and of each component of the normals.
         tasks: among "segmentation" (13 classes), "parts" (11), "depth" (metres), "normals" and "edges".

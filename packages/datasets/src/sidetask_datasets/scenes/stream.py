@@ -56,7 +56,7 @@ class Recipe:
         scene, camera = furnish(self.seed, ids, size=self.size, difficulty=self.difficulty)
         images, labels = render(scene, camera, self.samples)
         noise = draws.normal(draws.key(self.seed, "sensor"), ids, images[0].numel()).view_as(images)
-        images = images + (0.01 + 0.05 * self.difficulty) * noise
+        images = images + (0.01 + 0.03 * self.difficulty) * noise
         labels = spoil(labels, self.seed, ids, self.label_noise)
         packed = {
             "segmentation": labels.segmentation.to(torch.uint8),

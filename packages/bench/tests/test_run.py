@@ -1,3 +1,4 @@
+import io
 import json
 import os
 from collections.abc import Callable
@@ -6,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from sidetask_bench import Experiment, ExperimentError, load_run, runtime, train
 from sidetask_bench.assemble import make_dataset, make_step
+from sidetask_bench.progress import ConsoleDisplay, describe
 from sidetask_bench.storage import StepLog
 from sidetask_bench.trainer import Trainer
 from sidetask_core import Batch, NonFiniteLoss, Report, Step
@@ -178,6 +181,18 @@ def test_the_log_does_not_wait_for_the_device(tmp_path: Path) -> None:
         log.add({"step": step}, {"losses": {"a": torch.zeros((), device="meta")}, "encoder": {}})
     with pytest.raises((NotImplementedError, RuntimeError)):
         log.flush()
+
+
+def test_a_terminal_shows_losses_and_weights_while_training(load: Loader, tmp_path: Path) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=200, color_system=None)
+    train(load("method=rlw").run(None, 0), tmp_path / "run", display=ConsoleDisplay(console))
+    last = json.loads((tmp_path / "run" / "weights.jsonl").read_text().splitlines()[-1])
+    for words in ("base/seed0", "epoch 3/3", "18/18", describe(last)):
+        assert words in out.getvalue()
+    quiet = io.StringIO()
+    train(load().run(None, 1), tmp_path / "quiet", display=ConsoleDisplay(Console(file=quiet)))
+    assert quiet.getvalue().count("\n") == 1
 
 
 def test_a_finished_run_is_not_run_again(load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from sidetask_core import NonFiniteLoss, parallel, plugins
+from sidetask_core import parallel, plugins
 
 from sidetask_bench import document, tables
 from sidetask_bench.compare import compare as run_comparison
@@ -48,7 +48,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with processes():
                 command(*args, **kwargs)
-        except (ExperimentError, NonFiniteLoss) as error:
+        except (ExperimentError, ArithmeticError) as error:
             if debug:
                 raise
             typer.echo(f"error: {error}", err=True)
@@ -81,7 +81,7 @@ def train(
     loaded = load_experiment(experiment, assignments or ())
     config = loaded.run(row, loaded.seeds[0] if seed is None else seed)
     folder = folder or runs / config.experiment / config.row / f"seed{config.seed}"
-    console = Console()
+    console = _console()
     result = run_training(config, folder, overwrite=overwrite, display=_display(console))
     if parallel.rank() == 0:
         table = Table("task", "metric", "test")
@@ -105,7 +105,7 @@ def compare(
     """Train every row with every seed, and write table and report; finished runs are kept."""
     loaded = load_experiment(experiment, assignments or ())
     words = ["sidetask", "compare", experiment, *(word for each in assignments or () for word in ("--set", each))]
-    failed = _compare(loaded, folder or runs / loaded.name, jobs, overwrite, shlex.join(words), Console())
+    failed = _compare(loaded, folder or runs / loaded.name, jobs, overwrite, shlex.join(words), _console())
     if failed:
         raise typer.Exit(1)
 
@@ -125,7 +125,7 @@ def demo(
     for name in ("digits", "scenes"):
         command = f"sidetask compare {name}"
         at_once = jobs or os.cpu_count() or 1
-        failed |= _compare(load_experiment(name), runs / name, at_once, overwrite, command, Console())
+        failed |= _compare(load_experiment(name), runs / name, at_once, overwrite, command, _console())
     if failed:
         raise typer.Exit(1)
 
@@ -136,14 +136,14 @@ def rewrite_report(folder: Annotated[Path, typer.Argument(help="Of a comparison.
     """Write the report of a comparison again."""
     if not (folder / "comparison.json").is_file():
         raise ExperimentError(f"{folder} has no comparison.json; sidetask compare writes it")
-    _say_report(folder, Console())
+    _say_report(folder, _console())
 
 
 @app.command("list")
 @_reported
 def list_installed() -> None:
     """What is installed: methods, data sets and networks with their distributions, and the presets."""
-    console = Console()
+    console = _console()
     for group, title in (("methods", "methods"), ("datasets", "data sets"), ("networks", "networks")):
         table = Table(title, "distribution")
         for name, distribution in plugins.installed(group).items():
@@ -161,9 +161,7 @@ def _compare(experiment: Experiment, folder: Path, jobs: int, overwrite: bool, c
     comparison = run_comparison(experiment, folder, jobs=jobs, overwrite=overwrite, display=display, command=command)
     if parallel.rank():
         return False
-    # A table that is cut off says nothing: outside a terminal there is no width to keep to.
-    width = None if console.is_terminal else 200
-    console.print(tables.terminal(comparison), width=width)
+    console.print(tables.terminal(comparison))
     for failure in comparison["failed"]:
         typer.echo(f"left out: {failure['row']}, seed {failure['seed']}: {failure['error']}", err=True)
     _say_report(folder, console)
@@ -175,6 +173,12 @@ def _say_report(folder: Path, console: Console) -> None:
 
     path = report.write(folder)
     console.print(f"report: {path}\n", soft_wrap=True, markup=False, highlight=False)
+
+
+def _console() -> Console:
+    """Outside a terminal there is no width to keep to, and a table that is cut off says nothing."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 160))
 
 
 def _display(console: Console) -> Display:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sidetask_core import NonFiniteLoss
 
 from sidetask_bench.assemble import make_dataset
 from sidetask_bench.config import Plugin, RunConfig
@@ -28,7 +27,9 @@ _dataset: Dataset | None = None
 def train_all(
     jobs: Sequence[Job], dataset: Dataset, plugin: Plugin, *, at_once: int, overwrite: bool, display: Display
 ) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
-    """Train every job in its folder; gives each run with its result, or with ``{"error": ...}`` if it diverged.
+    """Train every job in its folder; gives each run with its result, or with ``{"error": ...}`` if it failed.
+
+    Only what is numerical counts as that: a loss that is not finite, a solver that did not converge.
 
     Args:
         jobs: runs and folders.
@@ -64,7 +65,7 @@ def _attempt(
 ) -> dict[str, Any]:
     try:
         return train(config, folder, dataset=dataset, overwrite=overwrite, display=display)
-    except NonFiniteLoss as error:
+    except ArithmeticError as error:  # a loss that is not finite, a solver that did not converge
         return {"error": str(error)}
 
 

@@ -1,7 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
-import sidetask_datasets  # noqa: F401  (lets torchvision be imported beside any torch)
+import sidetask_datasets
 import torch
 from sidetask_bench.networks import deeplabv3, small
 from sidetask_bench.networks.resnet import AtrousHead, resnet_stages
@@ -15,7 +15,8 @@ LABELS = {"left": 10, "right": 10}
 def stub(outputs=DENSE, shape=(3, 32, 48), dense=True):
     """What a network reads of a dataset."""
     tasks = tuple(Task(name, loss=lambda p, y: (p - y).square()) for name in outputs)
-    return SimpleNamespace(name="stub", tasks=tasks, outputs=outputs, input_shape=shape, dense=dense)
+    views = {name: SimpleNamespace(kind="classes") for name in outputs}
+    return SimpleNamespace(name="stub", tasks=tasks, outputs=outputs, views=views, input_shape=shape, dense=dense)
 
 
 def shapes(model, shape, batch=2):
@@ -100,6 +101,14 @@ def test_small_learns_in_a_few_steps():
         seen.append(float(step.backward(batch).losses["depth"]))
         optimizer.step()
     assert seen[-1] < 0.05 * seen[0]
+
+
+def test_small_starts_to_measure_at_the_median_label():
+    data = sidetask_datasets.scenes(size=(16, 16), train=20, validation=2, test=2, tasks=["segmentation", "depth"])
+    model = small(data, widths=(4, 8))
+    labels = data.train[range(16)].targets["depth"]
+    assert model.heads["depth"].predict.bias.item() == labels[labels > 0].median()
+    assert not model.heads["segmentation"].predict.bias.any()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from sidetask_core import SplitModel
 from sidetask_datasets import Dataset
 from torch import Tensor, nn
 
-from sidetask_bench.networks.parts import convolution, image_shape, resize
+from sidetask_bench.networks.parts import convolution, image_shape, resize, typical_label
 
 
 def small(
@@ -24,7 +24,8 @@ def small(
     Every stage halves the image and adds one residual convolution. A dense head brings the maps of all stages to one
     width and sums them from coarse to fine (a feature pyramid), so that edges stay sharp and every pixel sees most of
     the image; a classification head pools the last map and is linear. Normals come out unnormalised: their loss and
-    metrics normalise.
+    metrics normalise. A head that measures begins at the median of some training labels: depths of metres would else
+    take a short training most of its steps to reach.
 
     Args:
         dataset: says how large the images are, which heads there are, and whether they are dense.
@@ -59,8 +60,9 @@ def small(
     if dataset.dense:
         stages: list[nn.Module] = [Level(block) for block in blocks]
         for task in dataset.tasks:
-            outputs = dataset.outputs[task.name]
-            heads[task.name] = PyramidHead(widths, head_width, outputs, (height, width))
+            head = PyramidHead(widths, head_width, dataset.outputs[task.name], (height, width))
+            nn.init.constant_(head.predict.get_parameter("bias"), typical_label(dataset, task))
+            heads[task.name] = head
     else:
         stages = list(blocks)
         for task in dataset.tasks:

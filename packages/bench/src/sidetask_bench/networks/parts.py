@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
+from sidetask_core import Task
 from sidetask_datasets import Dataset
 from torch import Tensor, nn
 
@@ -32,3 +33,14 @@ def convolution(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear interpolation of ``[N, C, h, w]`` to ``size``."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def typical_label(dataset: Dataset, task: Task, samples: int = 16) -> float:
+    """Median label of a task that measures (a depth, say) over some training samples; 0 for any other task."""
+    if dataset.views[task.name].kind != "scalar":
+        return 0.0
+    target = dataset.train[range(min(samples, len(dataset.train)))].target_of(task)
+    if target is None:
+        return 0.0
+    labelled = target if task.valid is None else target[task.valid(target)]
+    return float(labelled.float().median()) if labelled.numel() else 0.0

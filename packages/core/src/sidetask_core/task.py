@@ -20,9 +20,11 @@ class MissingKey(KeyError):
 class Metric(Protocol):
     """What evaluation needs of a metric; every `torchmetrics.Metric` satisfies it."""
 
-    higher_is_better: bool | None
+    @property
+    def higher_is_better(self) -> bool | None:
+        """Which way is better."""
 
-    def update(self, prediction: Any, target: Any) -> None:
+    def update(self, prediction: Any, target: Any, /) -> None:
         """Add one batch."""
 
     def compute(self) -> Tensor:

@@ -93,7 +93,7 @@ def collect(comparison: Comparison, samples: int | None = None) -> Gallery:
                     prediction = model(batch.input_of(task), tasks=[task.name])[task.name][0]
                 strips[index, task.name].pictures.append(_predicted(dataset, task, batch, prediction, row.name))
         for task in dataset.tasks:
-            legends.setdefault(task.name, _legend(dataset.views[task.name], _truths(dataset, task, indices)))
+            legends.setdefault(task.name, _legend(task, dataset.views[task.name], _truths(dataset, task, indices)))
     tasks = list(legends)
     return Gallery(sorted(strips.values(), key=lambda strip: (tasks.index(strip.task), strip.sample)), legends)
 
@@ -156,7 +156,7 @@ def _truths(dataset: Dataset, task: Task, indices: Sequence[int]) -> list[Tensor
     return [target[0] for target in targets if target is not None]
 
 
-def _legend(view: View, truths: Sequence[Tensor]) -> Legend:
+def _legend(task: Task, view: View, truths: Sequence[Tensor]) -> Legend:
     match view.kind:
         case "classes":
             present = sorted({int(label) for truth in truths for label in truth.unique()} - {-1})
@@ -166,7 +166,8 @@ def _legend(view: View, truths: Sequence[Tensor]) -> Legend:
             low, high = view.limits
             # Zero itself means unlabelled and is drawn black.
             steps = torch.linspace(low, high, 64).clamp(min=1e-6 * max(abs(low), abs(high)))
-            return Legend("Black has no label.", ramp=view.image(steps.view(1, 1, -1)), limits=view.limits)
+            unit = "Metres" if task.name == "depth" else "In the unit of the labels"
+            return Legend(f"{unit}; black has no label.", ramp=view.image(steps.view(1, 1, -1)), limits=view.limits)
         case "normals":
             return Legend("Red faces right, green up, blue the camera; black has no label.")
         case "edges":

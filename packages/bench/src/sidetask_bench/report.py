@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from sidetask_bench import gallery as galleries
 from sidetask_bench import plots, records
@@ -114,7 +113,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         dark=plots.DARK.variables(),
         colours=len(plots.LIGHT.colours),
         panels={
-            name: [(panel, Markup(plots.svg(panel, f"{name}{i}"))) for i, panel in enumerate(panels)]
+            name: [(panel, plots.svg(panel, f"{name}{i}")) for i, panel in enumerate(panels)]
             for name, panels in groups.items()
         },
         unweighted=[row.name for row in comparison.rows if not weights[row.name]],

@@ -28,13 +28,18 @@ WORKERS = ("-n", "2")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
+def extras(package: str) -> dict[str, list[str]]:
+    """What a package can use beyond what it needs, by the name of the extra."""
+    return PROJECTS[package].get("optional-dependencies", {})
+
+
 def requirements(package: str) -> list[Requirement]:
-    """What a package declares that it needs."""
-    return [Requirement(text) for text in PROJECTS[package].get("dependencies", [])]
+    """What a package declares, with its extras: there is no other way to test those."""
+    return [Requirement(text) for text in sum(extras(package).values(), PROJECTS[package].get("dependencies", []))]
 
 
 def with_siblings(*packages: str) -> list[str]:
-    """The packages and all that they need of this repository, directly or through one another."""
+    """The packages and all that they declare of this repository, directly or through one another."""
     found: list[str] = []
     queue = list(packages)
     while queue:
@@ -45,9 +50,14 @@ def with_siblings(*packages: str) -> list[str]:
     return sorted(found)
 
 
+def with_extras(package: str, where: str) -> str:
+    """What makes pip install a package, from wherever, with its extras."""
+    return f"{where}[{','.join(extras(package))}]" if extras(package) else where
+
+
 def editable(packages: list[str]) -> list[str]:
     """What makes pip install packages from the tree."""
-    return [argument for package in packages for argument in ("-e", f"packages/{package}")]
+    return [argument for package in packages for argument in ("-e", with_extras(package, f"packages/{package}"))]
 
 
 def wheels(session: nox.Session, packages: list[str]) -> list[str]:
@@ -59,7 +69,7 @@ def wheels(session: nox.Session, packages: list[str]) -> list[str]:
         session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), *sources)
         for wheel in folder.glob("*.whl"):
             WHEELS[parse_wheel_filename(wheel.name)[0].removeprefix(PREFIX)] = str(wheel)
-    return [WHEELS[package] for package in packages]
+    return [with_extras(package, WHEELS[package]) for package in packages]
 
 
 def lowest(packages: list[str]) -> list[str]:

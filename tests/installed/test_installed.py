@@ -1,13 +1,15 @@
 """An installed package is what the tree declares. The environment variable SIDETASK_PACKAGE names its folder."""
 
+import ast
 import os
 import sys
 from importlib import import_module
-from importlib.metadata import distribution, distributions
+from importlib.metadata import distribution, distributions, packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,10 +23,24 @@ def project(package):
     return tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text("utf-8"))["project"]
 
 
+def declared(package, extras):
+    texts = list(project(package).get("dependencies", []))
+    for optional in project(package).get("optional-dependencies", {}).values() if extras else ():
+        texts += optional
+    return {canonicalize_name(Requirement(text).name) for text in texts}
+
+
 def siblings(package):
-    names = (Requirement(text).name for text in project(package).get("dependencies", []))
-    direct = {name.removeprefix("sidetask-") for name in names if name.startswith("sidetask-")}
+    direct = {name.removeprefix("sidetask-") for name in declared(package, extras=True) if name.startswith("sidetask-")}
     return direct.union(*map(siblings, direct))
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
 
 
 @pytest.fixture
@@ -60,3 +76,13 @@ def test_entry_points_load(package, installed):
     assert len(installed.entry_points) == declared + len(project(package).get("scripts", {}))
     for entry_point in installed.entry_points:
         assert callable(entry_point.load()), entry_point
+
+
+def test_everything_imported_is_declared(package, installed):
+    found = {name for file in installed.files if file.suffix == ".py" for name in imported(Path(file.locate()))}
+    found -= {f"sidetask_{package}", *sys.stdlib_module_names}
+    homes = packages_distributions()
+    needed = {canonicalize_name(homes[name][0]) for name in found}
+    # Other packages of the repository meet through entry points where they are optional.
+    assert {name for name in needed if name.startswith("sidetask-")} <= declared(package, extras=False)
+    assert needed <= declared(package, extras=True)

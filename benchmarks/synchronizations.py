@@ -34,7 +34,8 @@ def count(method: str, check: str) -> int:
 
 def main() -> None:
     """Print a table."""
-    print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}\n\n| method | immediate | deferred |\n|---|---:|---:|")
+    print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}", end="\n\n")
+    print("| method | immediate | deferred |\n|---|---:|---:|")
     for method in ("equal", "uncertainty", "dwa", "rlw", "pcgrad", "cagrad", "mgda", "graddrop"):
         print(f"| {method} | {count(method, 'immediate')} | {count(method, 'deferred')} |")
 

@@ -30,7 +30,7 @@ class GramianWeighting(Weighting):
     def forward(self, signals: Signals) -> Tensor:
         """Weights ``[T]``."""
         gramian = signals.gramian(self.at).to("cpu", torch.float64).numpy()
-        return torch.from_numpy(self.solve(gramian)).to(signals.losses)
+        return torch.from_numpy(self.solve(gramian)).to(signals.losses, non_blocking=True)
 
     def solve(self, gramian: np.ndarray) -> np.ndarray:
         """Weights ``[T]`` from the Gramian ``[T, T]``."""

@@ -52,7 +52,7 @@ class MGDA(GramianWeighting):
             divisor = divisor * gramian.diagonal().sqrt()
         divisor = torch.where(divisor > 0, divisor, 1.0)
         weights = self.solve((gramian / divisor.outer(divisor)).cpu().numpy())
-        return torch.from_numpy(weights).to(signals.losses)
+        return torch.from_numpy(weights).to(signals.losses, non_blocking=True)
 
     def solve(self, gramian: np.ndarray) -> np.ndarray:
         """Weights ``[T]`` of the shortest combination."""

@@ -43,6 +43,27 @@ class Report:
     encoder_weights: dict[str, Tensor]
 
 
+class _Finite:
+    """Which losses of one step are finite, on their way to the host: the device goes on meanwhile."""
+
+    def __init__(self, losses: Tensor, iteration: int) -> None:
+        self.iteration = iteration
+        self.event = None
+        self.flags = losses.isfinite()
+        if losses.is_cuda:
+            self.flags = torch.empty(losses.shape, dtype=torch.bool, pin_memory=True).copy_(
+                self.flags, non_blocking=True
+            )
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> list[bool]:
+        """Wait for the flags, and no longer."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.flags.tolist()
+
+
 class Step(nn.Module):
     """Fills `.grad` of a multi-task model as a method says, at the cost of one plain backward pass where it can.
 
@@ -125,7 +146,7 @@ class Step(nn.Module):
         self.check = check
         self.iteration = 0
         self.epoch = 0
-        self._unchecked: tuple[Tensor, int] | None = None
+        self._unchecked: _Finite | None = None
 
     def rules(self) -> Iterator[Rule]:
         """The encoder's and the decoder's rule, once if they are the same, none for an empty slot."""
@@ -192,13 +213,12 @@ class Step(nn.Module):
         return {task.name: value for task, value in zip(self.tasks, values.detach().unbind(), strict=True)}
 
     def _check_finite(self, losses: Tensor) -> None:
-        pending: tuple[Tensor, int] | None = (losses, self.iteration)
+        pending: _Finite | None = _Finite(losses, self.iteration)
         if self.check == "deferred":
             pending, self._unchecked = self._unchecked, pending
-        if pending is not None and not pending[0].isfinite().all():
-            fine = pending[0].isfinite().tolist()
+        if pending is not None and not all(fine := pending.read()):
             names = [task.name for task, ok in zip(self.tasks, fine, strict=True) if not ok]
-            raise NonFiniteLoss(names, pending[1])
+            raise NonFiniteLoss(names, pending.iteration)
 
     def _weigh(self, signals: Signals) -> Weights:
         encoder = torch.ones_like(signals.losses)

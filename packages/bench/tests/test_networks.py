@@ -9,6 +9,7 @@ from sidetask_core import Batch, Step, Task
 from torch import nn
 
 DENSE = {"segmentation": 13, "depth": 1, "normals": 3}
+PAIR = {"depth": 1, "normals": 3}
 LABELS = {"left": 10, "right": 10}
 
 
@@ -41,28 +42,27 @@ def test_small_classifies_at_every_cut(cut):
 @pytest.mark.parametrize("cut", range(6))
 def test_deeplab_predicts_at_the_size_of_the_image_at_every_cut(cut):
     shape = (3, 36, 44)
-    model = deeplabv3(stub(shape=shape), cut=cut, depth=18)
-    assert shapes(model, shape) == {name: (2, n, *shape[1:]) for name, n in DENSE.items()}
+    model = deeplabv3(stub(PAIR, shape), cut=cut, depth=18)
+    assert shapes(model, shape) == {name: (2, n, *shape[1:]) for name, n in PAIR.items()}
 
 
 @pytest.mark.parametrize("make", [small, lambda data, **options: deeplabv3(data, depth=18, **options)])
 def test_cut_moves_parameters_from_shared_to_specific(make):
-    data = stub(shape=(3, 32, 32))
-    stages = 5 if make is not small else 4
+    data = stub(PAIR, (3, 32, 32))
+    whole = sum(p.numel() for p in make(data).restricted_to(["depth"]).parameters())
     shared = []
-    for cut in range(stages + 1):
+    for cut in range(5 if make is small else 6):
         model = make(data, cut=cut)
         shared.append(sum(p.numel() for p in model.shared_parameters()))
-        path = {shared[-1] + sum(p.numel() for p in model.specific_parameters("depth"))}
-        whole = make(data).restricted_to(["depth"])
-        assert path == {sum(p.numel() for p in whole.parameters())}, "the path of one task never changes"
+        own = sum(p.numel() for p in model.specific_parameters("depth"))
+        assert shared[-1] + own == whole, "a task's path through the network never changes"
     assert shared[0] == 0
     assert shared == sorted(set(shared))
 
 
 @pytest.mark.parametrize("make", [small, lambda data, **options: deeplabv3(data, depth=18, **options)])
 def test_branches_are_separate_copies_of_one_initialisation(make):
-    model = make(stub(shape=(3, 32, 32)), cut=1)
+    model = make(stub(PAIR, (3, 32, 32)), cut=1)
     first, second = model.branches["depth"].parameters(), model.branches["normals"].parameters()
     for a, b in zip(first, second, strict=True):
         assert a is not b
@@ -80,9 +80,9 @@ def test_cut_0_shares_nothing():
 @pytest.mark.parametrize("make", [small, lambda data, **options: deeplabv3(data, depth=18, **options)])
 def test_every_parameter_gets_a_gradient(make, cut):
     torch.manual_seed(0)
-    data = stub(shape=(3, 32, 32))
+    data = stub(PAIR, (3, 32, 32))
     step = Step(make(data, cut=cut), data.tasks)
-    targets = {name: torch.randn(2, n, 32, 32) for name, n in DENSE.items()}
+    targets = {name: torch.randn(2, n, 32, 32) for name, n in PAIR.items()}
     step.backward(Batch(torch.randn(2, 3, 32, 32), targets))
     silent = [name for name, p in step.model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []

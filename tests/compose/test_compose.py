@@ -27,8 +27,8 @@ def step_of(encoder, decoder):
     shared = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU())
     model = SplitModel(shared, {"near": nn.Linear(6, 1), "far": nn.Linear(6, 1), "kind": nn.Linear(6, 3)})
     above, below = (make_method({"name": name, **OPTIONS.get(name, {})}, tasks()) for name in (encoder, decoder))
-    # A method without a rule of its own for decoders uses its encoder's.
-    step = Step(model, tasks(), Method(encoder=above.encoder, decoder=below.decoder or below.encoder))
+    assert below.decoder is not None, f"{decoder} leaves the decoder slot empty"
+    step = Step(model, tasks(), Method(encoder=above.encoder, decoder=below.decoder))
     return step, torch.optim.SGD(step.parameters(), lr=0.05, momentum=0.9)
 
 

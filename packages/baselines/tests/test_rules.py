@@ -250,6 +250,14 @@ def test_a_leak_of_an_unknown_task():
         GradDrop(TASKS, leak={"d": 0.5})
 
 
+@pytest.mark.parametrize("name", ["equal", "uncertainty", "dwa", "rlw"])
+def test_losses_only_methods_are_one_rule_that_fills_either_slot(name):
+    method = plugins.make_method(name, TASKS)
+    assert method.encoder is method.decoder
+    mixed = plugins.make_method({"encoder": "mgda", "decoder": name}, TASKS)
+    assert type(mixed.decoder) is type(method.decoder)
+
+
 @pytest.mark.parametrize("name", ["pcgrad", "cagrad", "mgda", "graddrop"])
 def test_gradient_methods_leave_decoders_unweighted(name):
     tasks = tiny_tasks()

@@ -74,4 +74,5 @@ class DWA(Weighting):
 
 def dwa(tasks: Sequence[Task], *, window: int | Literal["epoch"] = "epoch", temperature: float = 2.0) -> Method:
     """Dynamic weight average above and below the cut."""
-    return Method(encoder=DWA(tasks, window=window, temperature=temperature))
+    rule = DWA(tasks, window=window, temperature=temperature)
+    return Method(encoder=rule, decoder=rule)

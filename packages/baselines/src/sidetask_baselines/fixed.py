@@ -9,7 +9,8 @@ from sidetask_core import Equal, Fixed, Method, Task
 
 def equal(tasks: Sequence[Task]) -> Method:
     """Weight one for every task, above and below the cut: the plain sum of losses."""
-    return Method(encoder=Equal(tasks))
+    rule = Equal(tasks)
+    return Method(encoder=rule, decoder=rule)
 
 
 def fixed(tasks: Sequence[Task], weights: Mapping[str, float]) -> Method:
@@ -19,4 +20,5 @@ def fixed(tasks: Sequence[Task], weights: Mapping[str, float]) -> Method:
     >>> fixed(tasks, {"seg": 1.0, "depth": 0.2}).encoder.weights.tolist()
     [1.0, 0.20000000298023224]
     """
-    return Method(encoder=Fixed(tasks, weights))
+    rule = Fixed(tasks, weights)
+    return Method(encoder=rule, decoder=rule)

@@ -40,4 +40,5 @@ def total_weight(scale: str, tasks: int) -> float:
 
 def rlw(tasks: Sequence[Task], *, scale: str = "sum", seed: int = 0) -> Method:
     """Random loss weighting above and below the cut."""
-    return Method(encoder=RLW(tasks, scale=scale, seed=seed))
+    rule = RLW(tasks, scale=scale, seed=seed)
+    return Method(encoder=rule, decoder=rule)

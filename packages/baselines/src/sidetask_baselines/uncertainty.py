@@ -40,4 +40,5 @@ class Uncertainty(Weighting):
 
 def uncertainty(tasks: Sequence[Task], *, init: float = -0.7) -> Method:
     """Uncertainty weighting above and below the cut."""
-    return Method(encoder=Uncertainty(tasks, init=init))
+    rule = Uncertainty(tasks, init=init)
+    return Method(encoder=rule, decoder=rule)

@@ -63,6 +63,11 @@ def test_mean_std_and_improvement_by_hand(load: Loader) -> None:
 
 def test_the_definition_and_the_baseline_are_the_experiments(load: Loader) -> None:
     assert summary(load, improvement="one-metric")["rows"][1]["improvement"]["mean"] == pytest.approx(15.0)
+    flat = summary(load, improvement="flat")
+    assert flat["rows"][1]["improvement"]["mean"] < 0
+    assert flat["higher_is_better"] is False
+    assert "improvement % ↓" in tables.markdown(flat)
+    assert summary(load)["higher_is_better"] is True
     turned = summary(load, baseline="equal")
     assert turned["baseline"] == "equal"
     assert turned["rows"][1]["improvement"]["mean"] == pytest.approx(0.0, abs=1e-9)

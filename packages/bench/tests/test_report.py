@@ -226,6 +226,20 @@ def test_the_best_of_a_column_follows_the_direction(tmp_path):
         assert column.arrow == ("↑" if TASKS[column.task.name][column.metric] else "↓")
 
 
+@pytest.mark.parametrize("definition", ["mean-of-tasks", "flat"])
+def test_the_improvement_follows_its_direction(tmp_path, definition):
+    data = make(tmp_path)
+    data |= {"improvement": definition, "higher_is_better": definition != "flat"}
+    (tmp_path / "comparison.json").write_text(json.dumps(data))
+    up = definition != "flat"
+    text = report.write(tmp_path, pictures()).read_text(encoding="utf-8")
+    assert Page(text).tables[0][0][1].startswith("improvement ↑" if up else "improvement ↓")
+    assert ("lower is better" in text) is not up
+    cells = report._improvement_cells(records.load(tmp_path))
+    means = [row["improvement"]["mean"] for row in data["rows"]]
+    assert [cell.best for cell in cells] == [mean == (max if up else min)(means) for mean in means]
+
+
 def test_pictures_have_the_size_they_should(written):
     folder = written[0]
     width, height = (round(side * plots.DPI) for side in plots.PANEL)

@@ -6,7 +6,7 @@ from sidetask_bench import records
 from sidetask_bench.verdict import _T95, difference, verdict
 
 
-def comparison(tmp_path, values):
+def comparison(tmp_path, values, definition="mean-of-tasks"):
     """A comparison of rows with these improvements per seed; the first is the baseline."""
     rows = [
         {
@@ -20,7 +20,8 @@ def comparison(tmp_path, values):
         for name, found in values.items()
     ]
     tasks = [{"name": name, "primary": name != "c", "metrics": {}} for name in "abc"]
-    data = {"name": "x", "baseline": next(iter(values)), "improvement": "flat", "tasks": tasks, "rows": rows}
+    data = {"name": "x", "baseline": next(iter(values)), "improvement": definition, "tasks": tasks, "rows": rows}
+    data["higher_is_better"] = definition != "flat"
     (tmp_path / "comparison.json").write_text(json.dumps(data))
     return records.load(tmp_path)
 
@@ -66,6 +67,16 @@ def test_nobody_beats_the_baseline(tmp_path):
     sentences = verdict(comparison(tmp_path, {"single": [-1.0, 1.0], "equal": [-2.0, -3.0], "b": [-4.0, -5.0]}))
     assert sentences[0].startswith("No row beats single; the closest is equal, 2.5 % worse")
     assert "This loss on single is within noise" in sentences[1]
+
+
+def test_of_the_flat_definition_less_is_better(tmp_path):
+    rows = {"single": [-0.1, 0.0, 0.1], "equal": [6.0, 7.0, 8.0], "pcgrad": [-5.0, -5.1, -4.9]}
+    sentences = verdict(comparison(tmp_path, rows, "flat"))
+    assert sentences[0].startswith("pcgrad comes out best, 5.0 % better than single")
+    assert "gain on single is more than chance explains" in sentences[1]
+    assert "lead of 12.0 points on equal" in sentences[2]
+    worse = verdict(comparison(tmp_path, {"single": [-1.0, 1.0], "equal": [2.0, 3.0], "b": [4.0, 5.0]}, "flat"))
+    assert worse[0].startswith("No row beats single; the closest is equal, 2.5 % worse")
 
 
 def test_one_seed(tmp_path):

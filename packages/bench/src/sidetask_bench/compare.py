@@ -117,6 +117,7 @@ def summarize(
         "name": experiment.name,
         "baseline": baseline,
         "improvement": experiment.improvement,
+        "higher_is_better": experiment.improvement != "flat",
         "tasks": [
             {
                 "name": task.name,

@@ -92,7 +92,8 @@ def improvement_panels(comparison: Comparison) -> list[Panel]:
     overall = [_bar(row.improvement, row.values if len(row.runs) > 1 else []) for row in rows]
     left = 0.2 + 0.085 * max(len(_short(row.name)) for row in rows)
     draw = partial(_bars, rows=rows, label=label)
-    panels = [Panel("All primary tasks", partial(draw, bars=overall), _in_words(rows, overall), left, 0.15)]
+    title = "All primary tasks" + ("" if comparison.higher_is_better else " (lower is better)")
+    panels = [Panel(title, partial(draw, bars=overall), _in_words(rows, overall), left, 0.15)]
     for task in comparison.tasks:
         bars = [_bar(row.improvement.get("by_task", {}).get(task.name)) for row in rows]
         if any(bars):

@@ -69,12 +69,17 @@ class RowRecord:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``comparison.json`` says, with the folder that it lies in."""
+    """What ``comparison.json`` says, with the folder that it lies in.
+
+    `higher_is_better` is said of a row's improvement (``flat`` counts losses, so that less is better); that of a single
+    task is always better when higher.
+    """
 
     folder: Path
     name: str
     baseline: str
     definition: str
+    higher_is_better: bool
     tasks: list[TaskRecord]
     rows: list[RowRecord]
     versions: dict[str, str] = field(default_factory=dict)
@@ -121,6 +126,7 @@ def load(folder: Path | str) -> Comparison:
             for row in data["rows"]
         ]
         baseline, definition = data["baseline"], data["improvement"]
+        higher_is_better = data.get("higher_is_better", definition != "flat")
     except KeyError as error:
         raise ValueError(f"{path}: the comparison has no {error.args[0]!r}") from error
     if not rows:
@@ -130,6 +136,7 @@ def load(folder: Path | str) -> Comparison:
         data.get("name", folder.name),
         baseline,
         definition,
+        higher_is_better,
         tasks,
         rows,
         data.get("versions", {}),

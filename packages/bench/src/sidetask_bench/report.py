@@ -169,7 +169,8 @@ def _cells(means: list[float | None], stds: list[float | None], higher: bool) ->
 
 
 def _improvement_cells(comparison: Comparison) -> list[Cell]:
-    best = max((fmean(row.values) for row in comparison.rows if row.values), default=None)
+    choose = max if comparison.higher_is_better else min
+    best = choose((fmean(row.values) for row in comparison.rows if row.values), default=None)
     return [
         Cell(
             _signed(row.improvement["mean"]),

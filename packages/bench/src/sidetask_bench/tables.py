@@ -66,9 +66,8 @@ def _cells(comparison: Mapping[str, Any], headline: bool) -> tuple[list[str], li
         for metric, info in list(task["metrics"].items())[: 1 if headline else None]
     ]
     arrows = {True: " ↑", False: " ↓", None: ""}
-    better = comparison["improvement"] != "flat"
     head = ["", *(f"{task} {metric}{arrows[higher]}" for task, metric, higher in columns)]
-    head += [f"improvement %{arrows[better]}", "ms/step"]
+    head += [f"improvement %{arrows[comparison['higher_is_better']]}", "ms/step"]
     wanted = max(len(row["runs"]) for row in comparison["rows"])
     rows = []
     for row in comparison["rows"]:

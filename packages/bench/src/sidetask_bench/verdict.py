@@ -61,13 +61,14 @@ def verdict(comparison: Comparison) -> list[str]:
     baseline = next((row for row in comparison.rows if row.name == comparison.baseline), None)
     others = sorted(
         (row for row in comparison.rows if row is not baseline and row.values),
-        key=lambda row: fmean(row.values),
+        key=lambda row: fmean(_gains(comparison, row)),
         reverse=True,
     )
     if not others:
         return [f"There is nothing to compare {comparison.baseline} with."]
     best = others[0]
-    gain = fmean(best.values)
+    gains = _gains(comparison, best)
+    gain = fmean(gains)
     if gain > 0:
         first = f"{best.name} comes out best, {_percent(gain)} better than {comparison.baseline}"
     else:
@@ -75,9 +76,10 @@ def verdict(comparison: Comparison) -> list[str]:
     sentences = [f"{first} ({_basis(comparison, best)})."]
     if baseline is not None and baseline.values:
         word = "gain" if gain > 0 else "loss"
-        sentences.append(_judged(f"This {word}", difference(best.values, baseline.values), comparison.baseline))
+        found = difference(gains, _gains(comparison, baseline))
+        sentences.append(_judged(f"This {word}", found, comparison.baseline))
     if len(others) > 1:
-        lead = difference(best.values, others[1].values)
+        lead = difference(gains, _gains(comparison, others[1]))
         sentences.append(_judged(f"Its lead of {_points(lead.mean)} on {others[1].name}, the next row,", lead))
     if comparison.seeds < 2:
         return [
@@ -85,6 +87,11 @@ def verdict(comparison: Comparison) -> list[str]:
             "One seed per row says nothing about chance: repeat with three or more.",
         ]
     return sentences
+
+
+def _gains(comparison: Comparison, row: RowRecord) -> list[float]:
+    """The improvement of every seed, turned so that more is better."""
+    return row.values if comparison.higher_is_better else [-value for value in row.values]
 
 
 def _basis(comparison: Comparison, row: RowRecord) -> str:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sidetask_baselines import DWA, MGDA, RLW, CAGrad, GradDrop, PCGrad, Uncertainty
+from sidetask_baselines import DWA, MGDA, RLW, CAGrad, GradDrop, PCGrad, SolverFailure, Uncertainty
 from sidetask_baselines.graddrop import pick_sign
 from sidetask_core import Batch, Method, MissingKey, SplitModel, Step, plugins
 from sidetask_core.testing import batches, problem, squared, tiny_tasks, train
@@ -14,8 +14,11 @@ from torch import nn
 class Given:
     """Signals with given values."""
 
-    def __init__(self, losses=(1.0, 1.0, 1.0), gradients=None, features=None, iteration=0, epoch=0):
+    def __init__(
+        self, losses=(1.0, 1.0, 1.0), gradients=None, features=None, iteration=0, epoch=0, labelled=(True, True, True)
+    ):
         self.tasks = ("a", "b", "c")
+        self.labelled = torch.tensor(labelled)
         self.losses = torch.tensor(losses, dtype=torch.float64)
         self._gradients, self._features = gradients, features
         self.iteration, self.epoch = iteration, epoch
@@ -97,6 +100,46 @@ def test_dwa_counts_steps_or_epochs():
         losses = (1.0 + i, 2.0, 3.0 / (1 + i))
         a, b = by_step(Given(losses, iteration=i)), by_epoch(Given(losses, epoch=i // 2))
         assert torch.equal(a, b)
+
+
+def test_dwa_averages_over_the_steps_with_labels():
+    """A constant loss stands still, however many batches have labels."""
+    rule = DWA(TASKS)
+    for epoch, labelled in enumerate([(1, 1, 0, 0), (1, 0, 0, 0), (1,)]):
+        for has in labelled:
+            losses = (2.0, 3.0 if has else 0.0, 1.0)
+            weights = rule(Given(losses, epoch=epoch, labelled=(True, bool(has), True)))
+    torch.testing.assert_close(weights, torch.ones(3, dtype=torch.float64))
+
+
+def test_uncertainty_of_a_task_without_labels_stays():
+    rule = Uncertainty(TASKS)
+    rule.objective(Given((1.0, 0.0, 1.0), labelled=(True, False, True))).backward()
+    assert rule.log_variance.grad[1] == 0
+    assert rule.log_variance.grad[0] != 0
+
+
+@pytest.mark.parametrize("name", ["mgda", "cagrad", "graddrop", "uncertainty", "equal"])
+@pytest.mark.parametrize("how", ["nan", "none"])
+def test_a_task_without_labels_is_as_if_it_were_not_there(name, how):
+    tasks, (batch, *_) = tiny_tasks(), batches(1)
+    absent = None if how == "none" else torch.full_like(batch.targets["b"], math.nan)
+    whole = Step(problem(), tasks, plugins.make_method(name, tasks))
+    whole.backward(Batch(batch.inputs, {**batch.targets, "b": absent}))
+    rest = [tasks[0], tasks[2]]
+    part = Step(problem().restricted_to(["a", "c"]), rest, plugins.make_method(name, rest))
+    part.backward(batch)
+    for key, p in part.model.named_parameters():
+        torch.testing.assert_close(whole.model.get_parameter(key).grad, p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_pcgrad_refuses_what_is_not_finite_and_passes_over_what_has_no_length():
+    bad = gradients()
+    bad[0, 0] = math.nan
+    with pytest.raises(SolverFailure, match="not finite"):
+        PCGrad(TASKS)(Given(gradients=bad))
+    tiny = torch.tensor([[1e4, 0.0], [-1e-24, 0.0], [0.0, 1.0]], dtype=torch.float32)
+    assert PCGrad(TASKS)(Given(gradients=tiny)).isfinite().all()
 
 
 def test_dwa_of_a_task_without_loss_stands_still():

@@ -1,5 +1,7 @@
 """Errors at the door name what is wrong, what was expected and what there was."""
 
+import collections
+
 import pytest
 import torch
 from sidetask_core import (
@@ -179,6 +181,31 @@ def test_nothing_shared_nothing_to_compare(at):
     model = SplitModel.from_stages([nn.Linear(4, 5)], 0, {n: nn.Linear(5, 2) for n in "abc"}).double()
     with pytest.raises(ValueError, match="the encoder has nothing to train"):
         looking(model, tiny_tasks(), batches(1)[0], lambda s: s.gramian(at))
+
+
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 5).double()
+
+    def forward(self, x):
+        return collections.UserDict(out=self.layer(x))
+
+
+def test_features_in_a_container_that_hides_its_tensors():
+    """They would get no gradient, in silence."""
+    model = SplitModel(Opaque(), {"a": nn.Linear(5, 2).double()})
+    (batch,) = batches(1)
+    with pytest.raises(TypeError, match="nested tuples, lists and dicts of tensors, found a UserDict"):
+        Step(model, [Task("a", squared)]).backward(batch)
+
+
+def test_targets_and_weights_of_the_wrong_type():
+    tasks, (batch, *_) = tiny_tasks(), batches(1)
+    with pytest.raises(TypeError, match="targets must map names to labels, found Tensor"):
+        Step(problem(), tasks).backward(Batch(batch.inputs, batch.inputs))
+    with pytest.raises(TypeError, match="Wrong returned a list, expected a tensor of weights"):
+        Step(problem(), tasks, Method(encoder=Wrong(tasks, [1.0, 1.0, 1.0]))).backward(batch)
 
 
 def test_models_name_their_faults():

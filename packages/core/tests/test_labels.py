@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sidetask_core import Batch, Combiner, Method, NonFiniteLoss, SplitModel, Step, Task, Weighting
+from sidetask_core import Batch, Combiner, Method, NonFiniteLoss, SplitModel, Step, StepFailure, Task, Weighting
 from sidetask_core.testing import batches, brute_force, gradients, problem, squared, tiny_tasks
 from torch import Tensor, nn
 
@@ -76,6 +76,38 @@ def test_masked_vectors():
     assert count == 3
     assert gradient.isfinite().all()
     assert (gradient[0, :, 0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("mask", ["samples", "channel", "plain"])
+def test_masked_vectors_are_replaced_by_whole_vectors(mask):
+    """A vector made of one component of another could have no length, and its direction no derivative."""
+
+    def valid(y):
+        found = y.isfinite().all(1)
+        return {"samples": found.flatten(1).all(1), "channel": found[:, None], "plain": found}[mask]
+
+    def loss(p, y):
+        return 1 - (p * y / y.norm(dim=1, keepdim=True)).sum(1, keepdim=mask == "channel")
+
+    prediction = torch.ones(2, 3, 2, 2, requires_grad=True)
+    target = torch.zeros(2, 3, 2, 2)
+    target[:, 1] = -1.0
+    target[0] = math.nan
+    value, count = Task("n", loss, valid=valid).mean(prediction, target)
+    (gradient,) = torch.autograd.grad(value, prediction)
+    assert (value.item(), count.item()) == (2.0, 4.0)
+    assert gradient.isfinite().all()
+    assert (gradient[0] == 0).all()
+
+
+def test_masked_targets_within_structures():
+    task = Task("a", lambda p, y: (p - y["v"].log()).square(), valid=lambda y: y["v"] > 0)
+    prediction = torch.zeros(3, requires_grad=True)
+    value, count = task.mean(prediction, {"v": torch.tensor([0.0, -1.0, 2.0])})
+    (gradient,) = torch.autograd.grad(value, prediction)
+    assert count == 1
+    assert gradient[:2].tolist() == [0, 0]
+    torch.testing.assert_close(gradient[2], torch.tensor(-2 * math.log(2)))
 
 
 class Reads(Weighting):
@@ -160,6 +192,48 @@ def test_a_deferred_check_raises_one_step_late_and_names_the_iteration():
     step.backward(Batch(batch.inputs, {**batch.targets, "c": torch.full_like(batch.targets["c"], math.inf)}))
     with pytest.raises(NonFiniteLoss, match=r"task 'c' at iteration 1"):
         step.backward(batch)
+
+
+def test_a_pending_check_is_part_of_the_state():
+    tasks, (batch, *_) = [Task(name, squared) for name in "abc"], batches(1)
+    step = Step(problem(), tasks, check="deferred")
+    step.backward(Batch(batch.inputs, {**batch.targets, "c": torch.full_like(batch.targets["c"], math.inf)}))
+    resumed = Step(problem(), tasks, check="deferred")
+    resumed.load_state_dict(step.state_dict())
+    with pytest.raises(NonFiniteLoss, match=r"task 'c' at iteration 0"):
+        resumed.backward(batch)
+
+
+class Fails(Weighting):
+    def forward(self, signals):
+        raise StepFailure("no weights found")
+
+
+def test_a_rule_that_fails_on_a_loss_that_is_not_finite_names_the_task():
+    tasks, (batch, *_) = [Task(name, squared) for name in "abc"], batches(1)
+    step = Step(problem(), tasks, Method(encoder=Fails(tasks)), check="deferred")
+    with pytest.raises(StepFailure, match="no weights found"):
+        step.backward(batch)
+    with pytest.raises(NonFiniteLoss, match=r"task 'b' at iteration 0"):
+        Step(problem(), tasks, Method(encoder=Fails(tasks)), check="deferred").backward(
+            Batch(batch.inputs, {**batch.targets, "b": torch.full_like(batch.targets["b"], math.nan)})
+        )
+
+
+class Labelled(Weighting):
+    def forward(self, signals):
+        self.seen = signals.labelled
+        return torch.ones(3)
+
+
+def test_signals_say_which_tasks_have_labels():
+    tasks, (batch, *_) = tiny_tasks(), batches(1)
+    rule = Labelled(tasks)
+    absent = torch.full_like(batch.targets["b"], math.nan)
+    Step(problem(), tasks, Method(encoder=rule)).backward(
+        Batch(batch.inputs, {**batch.targets, "b": absent, "c": None})
+    )
+    assert rule.seen.tolist() == [True, False, False]
 
 
 def test_scalar_losses_are_ready_means():

@@ -91,8 +91,12 @@ def test_methods_from_names_options_and_slots(offers):
 
 def test_specs_that_cannot_be_built(offers):
     tasks = tiny_tasks()
-    with pytest.raises(TypeError, match=r"method 'halves': .*'wait'.*; its options are: weight"):
+    with pytest.raises(TypeError, match=r"method 'halves': .*'wait'.* its options are: weight"):
         plugins.make_method({"name": "halves", "wait": 1}, tasks)
+    with pytest.raises(TypeError, match=r"'weigth'; did you mean 'weight'\? its options are: weight"):
+        plugins.make_method({"name": "halves", "weigth": 1}, tasks)
+    with pytest.raises(TypeError, match=r"no slot 'decodr'; did you mean 'decoder'\?"):
+        plugins.make_method({"decodr": "halves"}, tasks)
     with pytest.raises(TypeError, match="'odd' returned str, expected a Method"):
         plugins.make_method("odd", tasks)
     with pytest.raises(MissingKey, match="method 'plain' leaves the slot decoder empty"):

@@ -14,8 +14,9 @@ class DWA(Weighting):
     """Give more weight to tasks whose loss falls slowly.
 
     With r_t the ratio of a task's mean loss over the last window to that over the window before it, the weights are
-    T · softmax(r / temperature) (Eq. 7); ones during the first two windows. A task without loss in the window
-    before (no label, or a loss of zero) has no ratio and counts as standing still, r = 1.
+    T · softmax(r / temperature) (Eq. 7); ones during the first two windows. A mean is over the steps that had labels.
+    A task without label in one of the two windows, or with a loss of zero in the one before, has no ratio and counts as
+    standing still, r = 1.
 
     Args:
         tasks: the tasks.
@@ -27,6 +28,7 @@ class DWA(Weighting):
     """
 
     sums: Tensor
+    steps: Tensor
     last: Tensor
     before: Tensor
 
@@ -40,9 +42,8 @@ class DWA(Weighting):
             raise ValueError(f"temperature must be positive, not {temperature}")
         self.window = window
         self.temperature = temperature
-        for name in ("sums", "last", "before"):
+        for name in ("sums", "steps", "last", "before"):
             self.register_buffer(name, torch.zeros(len(self.tasks), dtype=torch.float64))
-        self.steps = 0
         self.closed = 0
         self.current: int | None = None
 
@@ -50,26 +51,27 @@ class DWA(Weighting):
         """Weights ``[T]`` that sum to T, constant within a window."""
         now = signals.epoch if self.window == "epoch" else signals.iteration // self.window
         if self.current is not None and now != self.current:
+            # NaN for a task without a label in the window.
             self.before, self.last = self.last, self.sums / self.steps
-            self.sums = torch.zeros_like(self.sums)
-            self.steps = 0
+            self.sums, self.steps = torch.zeros_like(self.sums), torch.zeros_like(self.steps)
             self.closed += 1
         self.current = now
         self.sums = self.sums.to(signals.losses.device) + signals.losses
-        self.steps += 1
+        self.steps = self.steps.to(signals.losses.device) + signals.labelled
         if self.closed < 2:
             return torch.ones_like(signals.losses)
-        ratio = torch.where(self.before > 0, self.last / self.before, 1.0)
+        ratio = self.last / self.before
+        ratio = torch.where(ratio.isfinite(), ratio, 1.0)
         return len(self.tasks) * (ratio / self.temperature).softmax(dim=0).to(signals.losses)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Where in the windows the rule stands, besides what every rule saves."""
-        return super().get_extra_state() | {"steps": self.steps, "closed": self.closed, "current": self.current}
+        return super().get_extra_state() | {"closed": self.closed, "current": self.current}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on where a saved rule stood."""
         super().set_extra_state(state)
-        self.steps, self.closed, self.current = state["steps"], state["closed"], state["current"]
+        self.closed, self.current = state["closed"], state["current"]
 
 
 def dwa(tasks: Sequence[Task], *, window: int | Literal["epoch"] = "epoch", temperature: float = 2.0) -> Method:

@@ -78,7 +78,8 @@ def pick_sign(compared: Tensor, gradients: Tensor, leak: Tensor, draws: torch.Ge
     """
     total = compared.abs().sum(dim=0)
     positive = (1 + torch.where(total > 0, compared.sum(dim=0) / total, 0.0)) / 2
-    drawn = torch.rand(positive.shape, generator=draws, device=positive.device, dtype=positive.dtype) < positive
+    # Always in single precision, so that another precision of the network sees the same draws.
+    drawn = torch.rand(positive.shape, generator=draws, device=positive.device, dtype=torch.float32) < positive
     kept = torch.where(drawn, compared > 0, compared < 0).to(gradients)
     return ((leak + (1 - leak) * kept) * gradients).sum(dim=0)
 

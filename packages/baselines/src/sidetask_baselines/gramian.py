@@ -9,6 +9,8 @@ import torch
 from sidetask_core import Place, Signals, Task, Weighting
 from torch import Tensor
 
+from sidetask_baselines.simplex import SolverFailure
+
 
 class GramianWeighting(Weighting):
     """Weights from the Gramian of the task gradients, solved for in float64 on the host.
@@ -28,10 +30,27 @@ class GramianWeighting(Weighting):
         self.at = at
 
     def forward(self, signals: Signals) -> Tensor:
-        """Weights ``[T]``."""
-        gramian = signals.gramian(self.at).to("cpu", torch.float64).numpy()
-        return torch.from_numpy(self.solve(gramian)).to(signals.losses, non_blocking=True)
+        """Weights ``[T]``; zero for tasks without a label in this batch, which are left out of the problem.
+
+        Raises:
+            SolverFailure: if the Gramian is not finite.
+        """
+        # Joined, so that the host waits once.
+        gramian = self.compared(signals).to(torch.float64)
+        *rows, labelled = torch.cat([gramian, signals.labelled.to(gramian)[None]]).cpu().numpy()
+        whole, present = np.stack(rows), labelled > 0
+        inner = whole[np.ix_(present, present)]
+        if not np.isfinite(inner).all():
+            raise SolverFailure("the inner products of the task gradients are not finite", inner)
+        weights = np.zeros(len(whole))
+        if present.any():
+            weights[present] = self.solve(inner)
+        return torch.from_numpy(weights).to(signals.losses, non_blocking=True)
+
+    def compared(self, signals: Signals) -> Tensor:
+        """The Gramian ``[T, T]`` that the weights are solved for."""
+        return signals.gramian(self.at)
 
     def solve(self, gramian: np.ndarray) -> np.ndarray:
-        """Weights ``[T]`` from the Gramian ``[T, T]``."""
+        """Weights from the Gramian of the tasks that have labels, both of their number."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it weighs a Gramian")

@@ -10,7 +10,7 @@ from sidetask_core import Equal, Method, Place, Signals, Task
 from torch import Tensor
 
 from sidetask_baselines.gramian import GramianWeighting
-from sidetask_baselines.rlw import total_weight
+from sidetask_baselines.scale import check_scale, total_weight
 from sidetask_baselines.simplex import min_norm_weights, vectors
 
 
@@ -26,7 +26,7 @@ class MGDA(GramianWeighting):
         normalization: what gradients are divided by before they are compared: ``"none"`` (the paper), ``"norm"``
             (their length), ``"loss"`` (the task's loss) or ``"loss+"`` (both), as in the official code. The weights
             found apply to the gradients as they are.
-        scale: weights sum to T (``"sum"``) or, as in the paper, to 1 (``"paper"``).
+        scale: weights sum to the number of tasks that have labels (``"sum"``) or, as in the paper, to 1 (``"paper"``).
 
     Raises:
         ValueError: for an unknown place, normalization or scale.
@@ -40,10 +40,10 @@ class MGDA(GramianWeighting):
         if normalization not in ("none", "norm", "loss", "loss+"):
             raise ValueError(f"normalization must be 'none', 'norm', 'loss' or 'loss+', not {normalization!r}")
         self.normalization = normalization
-        self.total = total_weight(scale, len(self.tasks))
+        self.scale = check_scale(scale)
 
-    def forward(self, signals: Signals) -> Tensor:
-        """Weights ``[T]``, at least zero, that sum to T or 1."""
+    def compared(self, signals: Signals) -> Tensor:
+        """The Gramian of the normalised gradients."""
         gramian = signals.gramian(self.at).to(torch.float64)
         divisor = torch.ones_like(gramian[0])
         if self.normalization in ("loss", "loss+"):
@@ -51,12 +51,11 @@ class MGDA(GramianWeighting):
         if self.normalization in ("norm", "loss+"):
             divisor = divisor * gramian.diagonal().sqrt()
         divisor = torch.where(divisor > 0, divisor, 1.0)
-        weights = self.solve((gramian / divisor.outer(divisor)).cpu().numpy())
-        return torch.from_numpy(weights).to(signals.losses, non_blocking=True)
+        return gramian / divisor.outer(divisor)
 
     def solve(self, gramian: np.ndarray) -> np.ndarray:
-        """Weights ``[T]`` of the shortest combination."""
-        return self.total * min_norm_weights(vectors(gramian))
+        """Weights of the shortest combination, at least zero, that sum to the number of tasks or to 1."""
+        return total_weight(self.scale, len(gramian)) * min_norm_weights(vectors(gramian))
 
 
 def mgda(tasks: Sequence[Task], *, at: Place = "features", normalization: str = "none", scale: str = "sum") -> Method:

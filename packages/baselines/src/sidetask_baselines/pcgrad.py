@@ -48,7 +48,8 @@ def project(gramian: np.ndarray, orders: Sequence[Sequence[int]]) -> np.ndarray:
     for i, order in enumerate(orders):
         for j in order:
             inner = combinations[i] @ gramian[:, j]
-            if j != i and inner < 0:
+            # A gradient so short that its square is zero has no direction to project off.
+            if j != i and inner < 0 < gramian[j, j]:
                 combinations[i, j] -= inner / gramian[j, j]
     return combinations.sum(axis=0)
 

@@ -8,6 +8,8 @@ import torch
 from sidetask_core import Method, Signals, Task, Weighting
 from torch import Tensor
 
+from sidetask_baselines.scale import check_scale, total_weight
+
 
 class RLW(Weighting):
     """Draw new weights in every step: the softmax of independent standard normals (RLW-Normal).
@@ -23,19 +25,12 @@ class RLW(Weighting):
 
     def __init__(self, tasks: Sequence[Task], *, scale: str = "sum", seed: int = 0) -> None:
         super().__init__(tasks, seed=seed)
-        self.total = total_weight(scale, len(self.tasks))
+        self.total = total_weight(check_scale(scale), len(self.tasks))
 
     def forward(self, signals: Signals) -> Tensor:
         """Weights ``[T]``, positive."""
         drawn = torch.randn(len(self.tasks), generator=self.generator, dtype=torch.float64)
         return (self.total * drawn.softmax(dim=0)).to(signals.losses, non_blocking=True)
-
-
-def total_weight(scale: str, tasks: int) -> float:
-    """What weights that sum to 1 in their paper sum to here: T for ``"sum"``, 1 for ``"paper"``."""
-    if scale not in ("sum", "paper"):
-        raise ValueError(f"scale must be 'sum' or 'paper', not {scale!r}")
-    return float(tasks) if scale == "sum" else 1.0
 
 
 def rlw(tasks: Sequence[Task], *, scale: str = "sum", seed: int = 0) -> Method:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import nnls
+from sidetask_core import StepFailure
 
 # Optimality conditions are checked to this accuracy, relative to the lengths of the vectors they compare.
 TOLERANCE = 1e-6
 
 
-class SolverFailure(ArithmeticError):
+class SolverFailure(StepFailure):
     """A solver did not reach its optimality conditions; says how badly conditioned its Gramian was."""
 
     def __init__(self, what: str, gramian: np.ndarray) -> None:
@@ -22,12 +23,7 @@ def vectors(gramian: np.ndarray) -> np.ndarray:
     """T columns, in T dimensions, with the given inner products.
 
     Each is found at its own scale: columns of very different lengths are normalised, factored, and stretched again.
-
-    Raises:
-        SolverFailure: if the Gramian is not finite.
     """
-    if not np.isfinite(gramian).all():
-        raise SolverFailure("the inner products of the task gradients are not finite", gramian)
     lengths = np.sqrt(np.diagonal(gramian).clip(min=0))
     safe = np.where(lengths > 0, lengths, 1.0)
     values, axes = np.linalg.eigh(gramian / np.outer(safe, safe))

@@ -34,8 +34,9 @@ class Uncertainty(Weighting):
         return self.log_variance.neg().exp() / 2
 
     def objective(self, signals: Signals) -> Tensor:
-        """Σ_t L_t / (2 e^{s_t}) + s_t / 2."""
-        return (signals.losses * self.log_variance.neg().exp() + self.log_variance).sum() / 2
+        """Σ_t L_t / (2 e^{s_t}) + s_t / 2 over the tasks that have labels in this batch."""
+        terms = signals.losses * self.log_variance.neg().exp() + self.log_variance
+        return (terms * signals.labelled).sum() / 2
 
 
 def uncertainty(tasks: Sequence[Task], *, init: float = -0.7) -> Method:

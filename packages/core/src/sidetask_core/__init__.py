@@ -2,7 +2,7 @@
 
 from sidetask_core.improvement import relative_improvement, relative_improvement_by_task
 from sidetask_core.method import Augment, Combiner, Equal, Fixed, Method, Product, Rule, Shaper, Weighting
-from sidetask_core.signals import Place, Signals
+from sidetask_core.signals import Place, Signals, StepFailure
 from sidetask_core.split import SplitModel
 from sidetask_core.step import NonFiniteLoss, Report, Step
 from sidetask_core.task import Batch, Metric, MissingKey, Task
@@ -25,6 +25,7 @@ __all__ = [
     "Signals",
     "SplitModel",
     "Step",
+    "StepFailure",
     "Task",
     "Weighting",
     "relative_improvement",

@@ -56,8 +56,17 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
 
 
 def broadcast(module: nn.Module) -> None:
-    """Give every process the parameters and buffers of process 0; call it once, before training."""
-    if world() > 1:
-        with torch.no_grad():
-            for tensor in [*module.parameters(), *module.buffers()]:
-                dist.broadcast(tensor, 0)
+    """Give every process the parameters, buffers and random generators of process 0; call it once, before training."""
+    if world() == 1:
+        return
+    tensors = [*module.parameters(), *module.buffers()]
+    with torch.no_grad():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+    for part in module.modules():
+        generator = getattr(part, "generator", None)
+        if isinstance(generator, torch.Generator):
+            # On the device of the rest, since not every backend sends what lies on the host.
+            state = generator.get_state().to(tensors[0].device if tensors else "cpu")
+            dist.broadcast(state, 0)
+            generator.set_state(state.cpu())

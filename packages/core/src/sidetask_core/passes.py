@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
@@ -29,11 +30,20 @@ class Cut:
         tensors, spec = tree_flatten(structure)
         self.above: list[Tensor] = []
         self.below: list[Tensor] = []
+        # One leaf for each tensor, whatever number of names it has: its gradient is one.
+        leaves: dict[int, Tensor] = {}
         for i, tensor in enumerate(tensors):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                self.above.append(tensor)
-                tensors[i] = tensor.detach().requires_grad_()
-                self.below.append(tensors[i])
+                if id(tensor) not in leaves:
+                    leaves[id(tensor)] = tensor.detach().requires_grad_()
+                    self.above.append(tensor)
+                    self.below.append(leaves[id(tensor)])
+                tensors[i] = leaves[id(tensor)]
+            elif not isinstance(tensor, (Tensor, bool, int, float, complex, str, NoneType)):
+                raise TypeError(
+                    f"features may be nested tuples, lists and dicts of tensors, found a {type(tensor).__name__}, "
+                    "whose tensors would get no gradient; return its content, or register it with torch's pytree"
+                )
         self.structure = tree_unflatten(tensors, spec)
         self.sizes = [tensor.numel() for tensor in self.below]
 
@@ -125,8 +135,9 @@ class Passes:
                 total, count = masked_sum(losses, mask)
             sums.append(total)
             counts.append(count)
-        everywhere = parallel.add(torch.stack([count.to(sums[0]) for count in counts])).clamp(min=1)
-        self.losses = [total / count for total, count in zip(sums, everywhere.unbind(), strict=True)]
+        everywhere = parallel.add(torch.stack([count.to(sums[0]) for count in counts]))
+        self.labelled = everywhere > 0
+        self.losses = [total / count for total, count in zip(sums, everywhere.clamp(min=1).unbind(), strict=True)]
 
     def _branches(self, model: SplitModel, tasks: Sequence[Task], domain: Domain) -> list[Any]:
         """What each task's head reads, in the order of the domain's tasks; every branch is computed once."""

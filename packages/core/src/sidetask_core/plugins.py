@@ -7,7 +7,7 @@ A distribution offers them as entry points of the groups ``sidetask.methods``, `
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from sidetask_core.method import Method
 from sidetask_core.task import MissingKey, Task, _listed, check_tasks
 
+SLOTS = ("augment", "shapers", "decoder", "encoder")
 # Where the project's own names live, so that a missing one can be answered with the command that brings it.
 _HOMES = {
     "methods": {
@@ -52,8 +53,7 @@ def find(group: str, name: str) -> Any:
     for distribution, names in _HOMES[group].items():
         if name in names.split():
             raise MissingKey(f"{kind} {name!r} is not installed; pip install {distribution}")
-    near = get_close_matches(name, found, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = _hint(name, found)
     raise MissingKey(f"no installed package offers a {kind} {name!r}; {hint}installed are: {_listed(sorted(found))}")
 
 
@@ -72,7 +72,7 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
     >>> make_method({"encodr": "pcgrad"}, [Task("a", loss=abs)])
     Traceback (most recent call last):
     ...
-    TypeError: a method has no slot 'encodr'; the slots are: augment, shapers, decoder, encoder
+    TypeError: a method has no slot 'encodr'; did you mean 'encoder'? the slots are: augment, shapers, decoder, encoder
     """
     tasks = check_tasks(tasks)
     if isinstance(spec, str):
@@ -83,8 +83,8 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
         return _call(spec, tasks)
     slots: dict[str, Any] = {}
     for slot, inner in spec.items():
-        if slot not in ("augment", "shapers", "decoder", "encoder"):
-            raise TypeError(f"a method has no slot {slot!r}; the slots are: augment, shapers, decoder, encoder")
+        if slot not in SLOTS:
+            raise TypeError(f"a method has no slot {slot!r}; {_hint(slot, SLOTS)}the slots are: {_listed(SLOTS)}")
         if slot == "shapers":
             if not isinstance(inner, Mapping):
                 raise TypeError(f"shapers map a task's name to a method, not {inner!r}")
@@ -108,15 +108,22 @@ def _call(spec: Mapping[str, Any], tasks: Sequence[Task]) -> Method:
     name = spec["name"]
     options = {key: value for key, value in spec.items() if key != "name"}
     factory = find("methods", name)
+    signature = inspect.signature(factory)
     try:
-        inspect.signature(factory).bind(tasks, **options)
+        signature.bind(tasks, **options)
     except TypeError as error:
-        takes = list(inspect.signature(factory).parameters)[1:]
-        raise TypeError(f"method {name!r}: {error}; its options are: {_listed(takes)}") from error
+        takes = list(signature.parameters)[1:]
+        hints = "".join(_hint(option, takes) for option in options if option not in takes)
+        raise TypeError(f"method {name!r}: {error}; {hints}its options are: {_listed(takes)}") from error
     method = factory(tasks, **options)
     if not isinstance(method, Method):
         raise TypeError(f"the entry point {name!r} returned {type(method).__name__}, expected a Method")
     return method
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _found(group: str) -> dict[str, list[EntryPoint]]:

@@ -15,6 +15,10 @@ from sidetask_core.task import MissingKey, Task, _listed
 Place = Literal["features", "parameters"]
 
 
+class StepFailure(ArithmeticError):
+    """A step that cannot be taken: a loss is not finite, or a solver found no weights."""
+
+
 class Overflow(ArithmeticError):
     """Gradients left the range of float16 under a GradScaler; the step is filled so that the scaler skips it."""
 
@@ -34,6 +38,8 @@ class Signals:
         tasks: the names of the T tasks, the order of every vector here.
         primary: ``[T]`` booleans, False for auxiliary tasks.
         losses: ``[T]`` masked means (after shapers), 0 for a task without a label.
+        labelled: ``[T]`` booleans, False for a task without any label in this batch. Its loss and gradients are zero,
+            which says nothing about the task: a rule should treat it as absent.
         iteration: index of this step since training began.
         epoch: the epoch the training loop set on the step.
     """
@@ -46,6 +52,7 @@ class Signals:
         self._tasks = tuple(tasks)
         self._passes = passes
         self._gramians: dict[str, Tensor] = {}
+        self.labelled = passes.labelled
         losses = passes.losses
         self.losses = parallel.add(torch.stack([loss.detach().to(losses[0]) for loss in losses]))
 

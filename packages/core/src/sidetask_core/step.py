@@ -13,13 +13,17 @@ from torch._functorch import config as functorch_config
 from sidetask_core.combine import Combined, Weights, accumulate, combine
 from sidetask_core.method import Combiner, Method, Rule, Weighting
 from sidetask_core.passes import Passes
-from sidetask_core.signals import Overflow, Signals
+from sidetask_core.signals import Overflow, Signals, StepFailure
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task, _listed, check_tasks
 
 
-class NonFiniteLoss(ArithmeticError):
-    """A task's loss is NaN or infinite. `tasks` and `iteration` say which and when."""
+class NonFiniteLoss(StepFailure):
+    """A task's loss is NaN or infinite. `tasks` and `iteration` say which and when.
+
+    No `.grad` has changed. BatchNorm statistics have seen the batch, as they do in any forward pass: skip such a batch
+    only with a copy of them at hand.
+    """
 
     def __init__(self, tasks: Sequence[str], iteration: int) -> None:
         self.tasks, self.iteration = tuple(tasks), iteration
@@ -46,14 +50,12 @@ class Report:
 class _Finite:
     """Which losses of one step are finite, on their way to the host: the device goes on meanwhile."""
 
-    def __init__(self, losses: Tensor, iteration: int) -> None:
+    def __init__(self, flags: Tensor, iteration: int) -> None:
         self.iteration = iteration
         self.event = None
-        self.flags = losses.isfinite()
-        if losses.is_cuda:
-            self.flags = torch.empty(losses.shape, dtype=torch.bool, pin_memory=True).copy_(
-                self.flags, non_blocking=True
-            )
+        self.flags = flags
+        if flags.is_cuda:
+            self.flags = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
 
@@ -187,6 +189,10 @@ class Step(nn.Module):
             try:
                 weights = self._weigh(signals)
                 rule_gradients = self._rule_gradients(signals)
+            except StepFailure:
+                # With a deferred check, what made the rule fail may be a loss of this very step.
+                self._raise_unless(_Finite(signals.losses.isfinite(), self.iteration))
+                raise
             except Overflow:
                 # NaN reaches every gradient, so that the scaler skips the step and lowers its scale.
                 nan = torch.full_like(signals.losses, torch.nan)
@@ -202,23 +208,32 @@ class Step(nn.Module):
         )
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Iteration and epoch; the rest of the state is in the submodules."""
-        return {"iteration": self.iteration, "epoch": self.epoch}
+        """Iteration, epoch and what is still to be checked; the rest of the state is in the submodules."""
+        pending = None if self._unchecked is None else (self._unchecked.read(), self._unchecked.iteration)
+        return {"iteration": self.iteration, "epoch": self.epoch, "unchecked": pending}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on counting where a saved step stopped."""
         self.iteration, self.epoch = int(state["iteration"]), int(state["epoch"])
+        self._unchecked = None
+        if state["unchecked"] is not None:
+            flags, iteration = state["unchecked"]
+            self._unchecked = _Finite(torch.tensor(flags), iteration)
 
     def _by_name(self, values: Tensor) -> dict[str, Tensor]:
         return {task.name: value for task, value in zip(self.tasks, values.detach().unbind(), strict=True)}
 
     def _check_finite(self, losses: Tensor) -> None:
-        pending: _Finite | None = _Finite(losses, self.iteration)
+        pending: _Finite | None = _Finite(losses.isfinite(), self.iteration)
         if self.check == "deferred":
             pending, self._unchecked = self._unchecked, pending
-        if pending is not None and not all(fine := pending.read()):
-            names = [task.name for task, ok in zip(self.tasks, fine, strict=True) if not ok]
-            raise NonFiniteLoss(names, pending.iteration)
+        if pending is not None:
+            self._raise_unless(pending)
+
+    def _raise_unless(self, finite: _Finite) -> None:
+        names = [task.name for task, fine in zip(self.tasks, finite.read(), strict=True) if not fine]
+        if names:
+            raise NonFiniteLoss(names, finite.iteration)
 
     def _weigh(self, signals: Signals) -> Weights:
         encoder = torch.ones_like(signals.losses)
@@ -234,7 +249,10 @@ class Step(nn.Module):
         return Weights(encoder, decoder, combined)
 
     def _weights_of(self, rule: Weighting, signals: Signals) -> Tensor:
-        weights = rule(signals).detach()
+        weights = rule(signals)
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"{type(rule).__name__} returned a {type(weights).__name__}, expected a tensor of weights")
+        weights = weights.detach()
         if weights.shape != signals.losses.shape:
             raise ValueError(
                 f"{type(rule).__name__} returned weights of shape {list(weights.shape)}, expected "

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 class MissingKey(KeyError):
@@ -79,8 +80,9 @@ class Task:
     def elements(self, prediction: Any, target: Any) -> tuple[Tensor, Tensor | None]:
         """Element losses and the mask of the labelled ones, expanded to the shape of the losses.
 
-        The loss never sees what the mask rules out: those targets are replaced by a labelled one, so that a NaN
-        or an out-of-range class id that marks a missing label can neither raise nor reach a gradient.
+        The loss never sees what the mask rules out: those targets are replaced by a labelled one (in tensors, and in
+        tensors within tuples, lists and dicts), so that a NaN or an out-of-range class id that marks a missing label
+        can neither raise nor reach a gradient.
         """
         if self.valid is None:
             return self._call_loss(prediction, target), None
@@ -130,22 +132,26 @@ def _append_dims(mask: Tensor, ndim: int) -> Tensor:
 
 
 def _fill_unlabelled(target: Any, mask: Tensor) -> Any:
-    """Replace unlabelled targets by the first labelled one (by 1 where there is none).
+    """Replace what the mask rules out by the first labelled element, a whole vector where labels are vectors.
 
-    A constant would be wrong for losses that take a logarithm or an inverse of the target: the
-    derivative of a masked infinity is NaN, and zero times NaN is NaN.
+    A constant would be wrong for losses that take a logarithm, an inverse or a norm of the target: the derivative of a
+    masked infinity is NaN, and zero times NaN is NaN. Without any label, 1 (the class 0) takes its place.
     """
-    if not isinstance(target, Tensor):
-        return target
-    for candidate in (_append_dims(mask, target.ndim), mask.unsqueeze(1)):
-        if candidate.ndim == target.ndim and all(
-            m in (1, n) for m, n in zip(candidate.shape, target.shape, strict=True)
-        ):
-            wide = candidate.expand_as(target)
-            if target.numel() == 0:
-                return target
-            first = target.flatten()[wide.flatten().to(torch.uint8).argmax()]
-            return torch.where(wide, target, torch.where(wide.any(), first, torch.ones_like(first)))
+    return tree_map_only(Tensor, lambda tensor: _fill_tensor(tensor, mask), target)
+
+
+def _fill_tensor(target: Tensor, mask: Tensor) -> Tensor:
+    for aligned in (_append_dims(mask, target.ndim), mask.unsqueeze(1) if mask.ndim else mask):
+        shapes = list(zip(aligned.shape, target.shape, strict=False))
+        if aligned.ndim != target.ndim or any(m not in (1, n) for m, n in shapes) or not target.numel():
+            continue
+        vector = [d for d, (m, n) in enumerate(shapes) if m == 1 and n > 1]
+        place = [d for d in range(target.ndim) if d not in vector]
+        rows = target.permute(*place, *vector).reshape(aligned.numel(), -1)
+        first = rows[aligned.flatten().to(torch.uint8).argmax()]
+        first = first.reshape([n if d in vector else 1 for d, (_, n) in enumerate(shapes)])
+        nothing = torch.ones_like(first) if target.is_floating_point() else torch.zeros_like(first)
+        return torch.where(aligned, target, torch.where(aligned.any(), first, nothing))
     return target
 
 
@@ -170,8 +176,7 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        map_tensors = torch.utils._pytree.tree_map_only
-        return Batch(map_tensors(Tensor, move, self.inputs), map_tensors(Tensor, move, dict(self.targets)))
+        return Batch(tree_map_only(Tensor, move, self.inputs), tree_map_only(Tensor, move, dict(self.targets)))
 
     def input_of(self, task: Task) -> Any:
         """The input of a task.
@@ -197,6 +202,8 @@ class Batch:
             MissingKey: naming the task and the targets there are.
         """
         key = task.target or task.name
+        if not isinstance(self.targets, Mapping):
+            raise TypeError(f"targets must map names to labels, found {type(self.targets).__name__}")
         if key not in self.targets:
             raise MissingKey(f"task {task.name!r} has no target {key!r}; the batch has: {_listed(self.targets)}")
         return self.targets[key]

@@ -17,7 +17,7 @@ import functools
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,12 @@ def batches(
 
 
 def brute_force(
-    model: SplitModel, tasks: Sequence[Task], batch: Batch, encoder: Sequence[Tensor], decoder: Sequence[Tensor]
+    model: SplitModel,
+    tasks: Sequence[Task],
+    batch: Batch,
+    encoder: Sequence[Tensor],
+    decoder: Sequence[Tensor],
+    shapers: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, Tensor]:
     """Gradients by one `torch.autograd.grad` per task over an uncut graph, weighted by hand.
 
@@ -110,13 +115,18 @@ def brute_force(
         batch: what to run it on.
         encoder: weights of the tasks for shared parameters.
         decoder: weights of the tasks for their own parameters.
+        shapers: task name to what weighs its elements.
     """
     names, parameters = zip(*model.named_parameters(), strict=True)
     shared = {id(p) for p in model.shared_parameters()}
     total = {name: torch.zeros_like(p) for name, p in zip(names, parameters, strict=True)}
     for task, above, below in zip(tasks, encoder, decoder, strict=True):
         prediction = model(batch.input_of(task))[task.name]
-        loss, _ = task.mean(prediction, batch.target_of(task))
+        target = batch.target_of(task)
+        losses, mask = task.elements(prediction, target)
+        mask = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+        shaped = losses * shapers[task.name](losses.detach(), target) if shapers and task.name in shapers else losses
+        loss = shaped[mask].sum() / mask.sum().clamp(min=1)
         for name, p, g in zip(names, parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if g is not None:
                 total[name] += g * (above if id(p) in shared else below).to(g)
@@ -150,17 +160,19 @@ def conformance(factory: Factory, *, equivariant: bool = True, **options: Any) -
 
     Args:
         factory: the method's entry point, ``(tasks, **options) -> Method``; importable by name, since two
-            processes run it too. An augment's further tasks are not supported here.
-        equivariant: whether permuting the tasks permutes the weights; False for rules whose random draws
-            depend on the order of the tasks.
+            processes run it too. The tasks are called a, b and c, and a is primary.
+        equivariant: whether permuting the tasks permutes the weights. False for rules whose random draws depend on
+            the order of the tasks: that test is then not among them.
         options: passed on to `factory`.
     """
     build = functools.partial(factory, **options)
 
     class Conformance(_Conformance):
         method = staticmethod(build)
-        is_equivariant = equivariant
 
+    if not equivariant:
+        # What is not callable, pytest does not collect.
+        Conformance.test_permuting_the_tasks_permutes_the_weights = None  # type: ignore[assignment, method-assign]
     Conformance.__name__ = Conformance.__qualname__ = f"Conformance[{getattr(factory, '__name__', factory)}]"
     return Conformance
 
@@ -169,23 +181,27 @@ class _Conformance:
     """See `conformance`."""
 
     method: Factory
-    is_equivariant: bool
 
     def test_gradients_are_the_reported_weights_times_the_task_gradients(self) -> None:
         for split in SPLITS:
             tasks, model = tiny_tasks(), problem(split)
             step = Step(model, tasks, self.method(tasks))
+            combined: list[Tensor] = []
+            if isinstance(step.encoder, Combiner):
+                step.encoder.register_forward_hook(lambda rule, given, output, seen=combined: seen.append(output))
             for batch in batches(5):
                 step.epoch = step.iteration // 2
                 step.zero_grad()
                 report = step.backward(batch)
                 decoder = list(report.decoder_weights.values())
-                combined = isinstance(step.encoder, Combiner)
-                encoder = decoder if combined else list(report.encoder_weights.values())
-                expected = brute_force(model, tasks, batch, encoder, decoder)
-                for name, found in gradients(model).items():
-                    if not (combined and name.startswith("shared")):
-                        close(found, expected[name], f"{split}: {name}", rtol=1e-10)
+                encoder = list(report.encoder_weights.values()) or decoder
+                expected = brute_force(step.model, step.tasks, batch, encoder, decoder, dict(step.shapers.items()))
+                if isinstance(step.encoder, Combiner):
+                    expected |= _by_hand(step.model, batch, step.encoder.at, combined[-1])
+                found = gradients(step.model)
+                for name in found:
+                    close(found[name], expected[name], f"{split}: {name}", rtol=1e-10)
+                assert any(found[name].any() for name in found if name.startswith("shared"))
 
     def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(self) -> None:
         data, tasks = batches(8), tiny_tasks()
@@ -232,6 +248,10 @@ class _Conformance:
             found = gradients(step)
             assert all(g.isfinite().all() for g in found.values())
             assert all((g == 0).all() for name, g in found.items() if name.startswith("model.heads.b"))
+            shared = [g for name, g in found.items() if name.startswith("model.shared")]
+            assert any(g.any() for g in shared), "the tasks that have labels do not train the encoder"
+            step.zero_grad()
+            assert step.backward(Batch(batch.inputs, {**batch.targets, "b": None})).losses["b"] == 0
 
     def test_extreme_loss_scales_stay_finite(self) -> None:
         for scale in (1e-6, 1e6):
@@ -243,6 +263,16 @@ class _Conformance:
                 step.backward(batch)
                 assert all(g.isfinite().all() for g in gradients(step).values())
 
+    def test_single_precision_gives_the_same_gradients(self) -> None:
+        steps = {}
+        for dtype in (torch.float64, torch.float32):
+            tasks = tiny_tasks()
+            steps[dtype] = Step(problem(dtype=dtype), tasks, self.method(tasks)).to(dtype)
+        for whole, single in zip(batches(3), batches(3, dtype=torch.float32), strict=True):
+            expected, found = ({**gradients(s.model)} for s in _after(steps, whole, single))
+            for name in found:
+                torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-3, atol=1e-5)
+
     def test_batch_statistics_move_once_per_step(self) -> None:
         tasks, model = tiny_tasks(), problem(norm=True)
         step = Step(model, tasks, self.method(tasks))
@@ -252,8 +282,6 @@ class _Conformance:
             assert norm.num_batches_tracked == count
 
     def test_permuting_the_tasks_permutes_the_weights(self) -> None:
-        if not self.is_equivariant:
-            return
         order = [2, 0, 1]
         tasks = tiny_tasks()
         permuted = [tasks[i] for i in order]
@@ -273,6 +301,25 @@ class _Conformance:
         for half in halves:
             for name, value in whole.items():
                 close(half[name], value, name)
+
+
+def _after(steps: Mapping[torch.dtype, Step], whole: Batch, single: Batch) -> list[Step]:
+    """The two steps, each after one batch in its precision."""
+    for step, batch in zip(steps.values(), (whole, single), strict=True):
+        step.epoch = step.iteration // 2
+        step.zero_grad()
+        step.backward(batch)
+    return list(steps.values())
+
+
+def _by_hand(model: SplitModel, batch: Batch, at: str, combined: Tensor) -> dict[str, Tensor]:
+    """The shared parameters' gradients that a combined gradient stands for, by one plain backward pass."""
+    names, shared = zip(*[(n, p) for n, p in model.named_parameters() if n.startswith("shared.")], strict=True)
+    if at == "parameters":
+        parts = combined.split([p.numel() for p in shared])
+        return {name: part.view_as(p) for name, part, p in zip(names, parts, shared, strict=True)}
+    features = model.encode(batch.inputs)
+    return dict(zip(names, torch.autograd.grad(features, shared, combined.view_as(features)), strict=True))
 
 
 def _run_share(build: Factory, rank: int, world: int) -> dict[str, Tensor]:
@@ -299,7 +346,17 @@ def in_two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]
     Function and arguments have to be importable by name.
     """
     pool = _pair()
-    return [future.result(timeout=300) for future in [pool.submit(_ranked, function, arguments) for _ in range(2)]]
+    futures = [pool.submit(_ranked, function, arguments) for _ in range(2)]
+    done, _ = wait(futures, timeout=300, return_when=FIRST_EXCEPTION)
+    if len(done) == 2 and not any(future.exception() for future in done):
+        return [future.result() for future in futures]
+    # A process that waits for one which failed cannot be asked to stop; the next call gets a new pair.
+    _pair.cache_clear()
+    for process in list(pool._processes.values()):
+        process.kill()
+    for future in done:
+        future.result()
+    raise TimeoutError(f"{getattr(function, '__name__', function)} did not end in two processes")
 
 
 @functools.cache

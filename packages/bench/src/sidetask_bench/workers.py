@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +32,8 @@ def train_all(
 ) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
     """Train every job in its folder; gives each run with its result, or with ``{"error": ...}`` if it failed.
 
-    Only what is numerical counts as that: a loss that is not finite, a solver that did not converge.
+    Only what is numerical counts as that: a loss that is not finite, a solver that did not converge. Any other error
+    stops every run at once, as does the end of this process, however it comes; they go on from their checkpoints.
 
     Args:
         jobs: runs and folders.
@@ -48,7 +52,9 @@ def train_all(
     threads = max(1, (os.cpu_count() or 1) // at_once)
     # Spawned, since neither CUDA nor OpenMP survives a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(at_once, context, _start, (plugin, threads))
+    # Nothing is ever sent here: its closing, which the death of this process brings about too, tells workers to stop.
+    alive, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(at_once, context, _start, (plugin, threads, alive))
     try:
         futures = {pool.submit(_attempt_there, config, folder, overwrite): config for config, folder in jobs}
         for future in as_completed(futures):
@@ -56,8 +62,13 @@ def train_all(
             if "error" not in result:
                 display.finished(f"{config.row}/seed{config.seed}", result)
             yield config, result
+    except BaseException:
+        held.close()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+        held.close()
+        alive.close()
 
 
 def _attempt(
@@ -69,10 +80,17 @@ def _attempt(
         return {"error": str(error)}
 
 
-def _start(plugin: Plugin, threads: int) -> None:
+def _start(plugin: Plugin, threads: int, alive: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent stops this
+    threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
     global _dataset  # noqa: PLW0603 (what the jobs of this process share)
     torch.set_num_threads(threads)
     _dataset = make_dataset(plugin)
+
+
+def _exit_with_parent(alive: Connection) -> None:
+    alive.poll(None)  # returns when the other end is closed
+    os._exit(1)
 
 
 def _attempt_there(config: RunConfig, folder: Path, overwrite: bool) -> dict[str, Any]:

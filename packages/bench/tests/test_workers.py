@@ -1,0 +1,82 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sidetask_bench import Experiment, ExperimentError, compare, storage
+
+Loader = Callable[..., Experiment]
+
+
+def children(process: int) -> set[int]:
+    """The processes whose parent this is."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            except OSError:
+                continue
+            if int(parent) == process and state != "Z":
+                found.add(int(entry.name))
+    return found
+
+
+def running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], Any], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_die_with_a_killed_comparison_and_the_next_one_goes_on(
+    load: Loader, tiny: Callable[..., Path], tmp_path: Path, outcome: Any
+) -> None:
+    changes = ["training.epochs=10", "training.checkpoint_every=4"]
+    experiment = load(*changes)
+    compare(experiment, tmp_path / "whole")
+    sets = [word for change in changes for word in ("--set", change)]
+    command = [sys.executable, "-m", "sidetask_bench", "compare", str(tiny()), "--folder", "killed", "-j", "2", *sets]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        try:
+            runs = [tmp_path / "killed" / row / "seed0" for row in ("single", "equal")]
+            assert wait_until(lambda: any((run / "checkpoint.pt").exists() for run in runs), 60)
+            workers = children(process.pid)
+            assert len(workers) >= 2
+            process.kill()
+            process.wait()
+            assert wait_until(lambda: not any(map(running, workers)), 10)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert not all((run / "result.json").exists() for run in runs)
+    comparison = compare(experiment, tmp_path / "killed")
+    assert not comparison["failed"]
+    for run in runs:
+        assert outcome(run) == outcome(tmp_path / "whole" / run.relative_to(tmp_path / "killed"))
+
+
+def test_a_fatal_error_stops_the_other_runs_at_once(load: Loader, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    # As if another process trained there.
+    with storage.locked(folder / "equal" / "seed0"), pytest.raises(ExperimentError, match="another process"):
+        compare(load("training.epochs=500"), folder, jobs=2)
+    with storage.locked(folder / "single" / "seed0"):
+        assert not (folder / "single" / "seed0" / "result.json").exists()

@@ -84,3 +84,16 @@ def test_a_run_is_stored_and_read_back(load: Callable[..., Experiment], tmp_path
     config: Any = load("method={encoder: pcgrad, decoder: {name: fixed, weights: {top_left: 1e-4}}}").run("single", 7)
     (tmp_path / "config.yaml").write_text(dump(plain(config)))
     assert load_run_config(tmp_path / "config.yaml") == config
+
+
+def test_base_is_no_name_for_a_row() -> None:
+    with pytest.raises(ExperimentError, match=r"^rows\.base: "):
+        load_experiment("digits", ["rows.base={method: pcgrad}"])
+
+
+def test_seeds_may_come_from_a_generator() -> None:
+    runs = load_experiment("digits").runs(seed for seed in (3, 4))
+    assert {tuple(config.seed for config in configs) for configs in runs.values()} == {(3, 4)}
+    for seeds in ([], [1, 1]):
+        with pytest.raises(ExperimentError, match=r"^seeds: "):
+            load_experiment("digits").runs(seeds)

@@ -176,8 +176,9 @@ class Experiment:
         for name in (self.name, *self.rows):
             if not re.fullmatch(r"[\w+][\w.+-]*", name):
                 raise ValueError(f"{name!r} names a folder: use letters, digits, and . _ + - after the first")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds must be at least one and all different, found {list(self.seeds)}")
+        if BASE in self.rows:
+            raise ExperimentError(f"rows.{BASE}: the name means the experiment without a row's changes; take another")
+        _check_seeds(self.seeds)
         if self.baseline is not None and self.baseline not in self.rows:
             raise unknown(self.baseline, self.rows, "baseline", "row")
         for row in self.rows:
@@ -212,12 +213,16 @@ class Experiment:
     def runs(self, seeds: Iterable[int] | None = None) -> dict[str, list[RunConfig]]:
         """All runs by row, in the file's order.
 
+        Args:
+            seeds: instead of the experiment's.
+
         Raises:
-            ExperimentError: if there are no rows to compare.
+            ExperimentError: if there are no rows to compare, or the seeds are none or not all different.
         """
         if not self.rows:
             raise ExperimentError(f"{self.name} has no rows to compare; add rows: {{name: changes}} or use train")
-        return {row: [self.run(row, seed) for seed in seeds or self.seeds] for row in self.rows}
+        seeds = self.seeds if seeds is None else _check_seeds(tuple(seeds))
+        return {row: [self.run(row, seed) for seed in seeds] for row in self.rows}
 
 
 def load_experiment(source: str | Path, assignments: Iterable[str] = ()) -> Experiment:
@@ -252,6 +257,12 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
         for key in dict.fromkeys([*before, *after])
         if before.get(key, missing) != after.get(key, missing)
     ]
+
+
+def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ExperimentError(f"seeds: expected at least one and all different, found {list(seeds)}")
+    return seeds
 
 
 def _method(value: Any, path: str) -> Any:

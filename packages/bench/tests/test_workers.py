@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sidetask_bench import Experiment, ExperimentError, compare, storage
+from sidetask_bench import Experiment, ExperimentError, compare, runtime, storage
+from sidetask_core import Step, StepFailure
 
 Loader = Callable[..., Experiment]
 
@@ -42,6 +43,37 @@ def wait_until(condition: Callable[[], Any], seconds: float) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+class OutOfStep(StepFailure):
+    """A plug-in's own."""
+
+
+@pytest.mark.parametrize("error", [OutOfStep, ZeroDivisionError])
+def test_only_a_failed_step_is_a_failed_run(
+    load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    backward = Step.backward
+
+    def failing(step: Step, *args: Any, **kwargs: Any) -> Any:
+        if tmp_path.joinpath("c", "equal").exists():
+            raise error("here")
+        return backward(step, *args, **kwargs)
+
+    monkeypatch.setattr(Step, "backward", failing)
+    experiment = load("training.epochs=1", "dataset.train=16")
+    if error is OutOfStep:
+        assert compare(experiment, tmp_path / "c")["failed"] == [{"row": "equal", "seed": 0, "error": "here"}]
+    else:
+        with pytest.raises(error):
+            compare(experiment, tmp_path / "c")
+
+
+def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert runtime.cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert runtime.cores() == os.cpu_count()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

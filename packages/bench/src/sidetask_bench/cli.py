@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from sidetask_core import parallel, plugins
+from sidetask_core import StepFailure, parallel, plugins
 
 from sidetask_bench import document, tables
 from sidetask_bench.compare import compare as run_comparison
 from sidetask_bench.config import Experiment, load_experiment
 from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_bench.run import train as run_training
-from sidetask_bench.runtime import processes
+from sidetask_bench.runtime import cores, processes
 from sidetask_bench.schema import ExperimentError
 
 app = typer.Typer(
@@ -48,7 +47,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with processes():
                 command(*args, **kwargs)
-        except (ExperimentError, ArithmeticError) as error:
+        except (ExperimentError, StepFailure) as error:
             if debug:
                 raise
             typer.echo(f"error: {error}", err=True)
@@ -124,7 +123,7 @@ def demo(
     # A run of the demo is on one thread, so that its numbers are the same on every machine of a kind.
     for name in ("digits", "scenes"):
         command = f"sidetask compare {name}"
-        at_once = jobs or os.cpu_count() or 1
+        at_once = jobs or cores()
         failed |= _compare(load_experiment(name), runs / name, at_once, overwrite, command, _console())
     if failed:
         raise typer.Exit(1)

@@ -42,6 +42,17 @@ def barrier() -> None:
         dist.barrier()
 
 
+def cores() -> int:
+    """How many cores this process may use, which in a container can be fewer than there are.
+
+    >>> cores() >= 1
+    True
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def settings(training: Training) -> Iterator[torch.device]:
     """Apply `device`, `threads` and `deterministic` for the length of a run; gives the device.

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sidetask_core import StepFailure
 
+from sidetask_bench import runtime
 from sidetask_bench.assemble import make_dataset
 from sidetask_bench.config import Plugin, RunConfig
 from sidetask_bench.progress import Display
@@ -32,8 +34,9 @@ def train_all(
 ) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
     """Train every job in its folder; gives each run with its result, or with ``{"error": ...}`` if it failed.
 
-    Only what is numerical counts as that: a loss that is not finite, a solver that did not converge. Any other error
-    stops every run at once, as does the end of this process, however it comes; they go on from their checkpoints.
+    Only a `sidetask_core.StepFailure` counts as that: a loss that is not finite, a solver that did not converge. Any
+    other error stops every run at once, as does the end of this process, however it comes; they go on from their
+    checkpoints.
 
     Args:
         jobs: runs and folders.
@@ -49,7 +52,7 @@ def train_all(
         for config, folder in jobs:
             yield config, _attempt(config, folder, overwrite, dataset, display)
         return
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    threads = max(1, runtime.cores() // at_once)
     # Spawned, since neither CUDA nor OpenMP survives a fork.
     context = multiprocessing.get_context("spawn")
     # Nothing is ever sent here: its closing, which the death of this process brings about too, tells workers to stop.
@@ -76,7 +79,7 @@ def _attempt(
 ) -> dict[str, Any]:
     try:
         return train(config, folder, dataset=dataset, overwrite=overwrite, display=display)
-    except ArithmeticError as error:  # a loss that is not finite, a solver that did not converge
+    except StepFailure as error:
         return {"error": str(error)}
 
 

@@ -89,6 +89,32 @@ def test_an_undefined_metric_makes_an_undefined_improvement(load: Loader) -> Non
     assert comparison["rows"][0]["mean"]["seg"]["miou"] == pytest.approx(0.5)
     assert comparison["rows"][1]["improvement"]["values"] == [None, None, None]
     assert "–" in tables.markdown(comparison)
+    assert "no mean" in tables.markdown(comparison)
+    assert comparison["rows"][1]["improvement"]["by_task"]["seg"]["mean"] == pytest.approx(15.0)
+
+
+def test_an_undefined_seed_leaves_the_others_their_values(load: Loader) -> None:
+    broken = [*EQUAL[:2], EQUAL[2] | {"test": EQUAL[2]["test"] | {"depth": {"error": None}}}]
+    improvement = summary(load, equal=broken)["rows"][1]["improvement"]
+    assert improvement["values"] == [pytest.approx(12.5), pytest.approx(7.5), None]
+    assert improvement["mean"] is None
+    assert improvement["std"] is None
+    assert improvement["by_task"]["seg"]["mean"] == pytest.approx(15.0)
+    assert improvement["by_task"]["depth"] == {"mean": None, "std": None}
+
+
+def test_a_fresh_comparison_is_the_repeated_one(load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a metric is NaN, which JSON does not have."""
+
+    def undefined(*args: Any) -> dict[str, dict[str, float]]:
+        return {"top_left": {"accuracy": math.nan}, "bottom_right": {"accuracy": 0.5}}
+
+    monkeypatch.setattr("sidetask_bench.run.evaluate", undefined)
+    experiment = load("training.epochs=1", "dataset.train=16")
+    first = compare(experiment, tmp_path / "c")
+    assert first["rows"][1]["improvement"]["values"] == [None]
+    assert first["rows"][1]["improvement"]["by_task"]["bottom_right"]["mean"] == 0
+    assert first == compare(experiment, tmp_path / "c") == json.loads((tmp_path / "c" / "comparison.json").read_text())
 
 
 def test_a_baseline_without_results_is_an_error(load: Loader) -> None:

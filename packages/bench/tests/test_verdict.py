@@ -91,6 +91,6 @@ def test_a_row_alone(tmp_path):
 
 
 def test_a_row_without_an_improvement_is_passed_over(tmp_path):
-    sentences = verdict(comparison(tmp_path, {"single": [0.0, 0.1], "equal": [1.0, 2.0], "b": [None, None]}))
+    sentences = verdict(comparison(tmp_path, {"single": [0.0, 0.1], "equal": [1.0, 2.0], "b": [None, 9.0]}))
     assert sentences[0].startswith("equal comes out best")
     assert len(sentences) == 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,7 +22,7 @@ from sidetask_bench.workers import train_all
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
 
-Results = Mapping[str, Mapping[str, float]]
+Results = Mapping[str, Mapping[str, Any]]
 
 
 def compare(
@@ -135,26 +136,31 @@ def improvements(
 ) -> dict[str, Any]:
     """Relative improvement of each run over the reference, in percent: values, mean, deviation, and by task.
 
-    Null where it does not exist: a metric of the reference is zero or undefined.
+    A run's value is null where it does not exist: a metric of the run or the reference is undefined, or the reference's
+    is zero. Mean and deviation are then null too: those of the other runs would be of a selection.
     """
+
+    def over_runs(improvement: Callable[[Results], float]) -> dict[str, Any]:
+        values = [_defined(improvement, test) for test in tests]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return {"mean": None, "std": None, "values": values}
+        return {"mean": fmean(known), "std": deviation(known), "values": values}
+
+    def of_task(task: Task) -> dict[str, Any]:
+        found = over_runs(lambda test: relative_improvement_by_task(test, reference, [task], definition)[task.name])
+        return {"mean": found["mean"], "std": found["std"]}
+
+    overall = over_runs(lambda test: relative_improvement(test, reference, tasks, definition))
+    return {**overall, "by_task": {task.name: of_task(task) for task in tasks}}
+
+
+def _defined(improvement: Callable[[Results], float], test: Results) -> float | None:
     try:
-        values = [relative_improvement(test, reference, tasks, definition) for test in tests]
-        by_task = [relative_improvement_by_task(test, reference, tasks, definition) for test in tests]
-    except (ValueError, TypeError):
-        nothing = {"mean": None, "std": None}
-        return {**nothing, "values": [None] * len(tests), "by_task": {task.name: nothing for task in tasks}}
-    return {
-        "mean": fmean(values),
-        "std": deviation(values),
-        "values": values,
-        "by_task": {
-            task.name: {
-                "mean": fmean(changes[task.name] for changes in by_task),
-                "std": deviation([changes[task.name] for changes in by_task]),
-            }
-            for task in tasks
-        },
-    }
+        value = improvement(test)
+    except (ValueError, TypeError):  # a reference of zero; a metric that is null
+        return None
+    return value if math.isfinite(value) else None
 
 
 def deviation(values: Sequence[float]) -> float | None:

@@ -60,6 +60,11 @@ class RowRecord:
         return [float(value) for value in self.improvement["values"] if value is not None and math.isfinite(value)]
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the improvement of every seed is defined, and so its mean."""
+        return self.improvement["mean"] is not None
+
+    @property
     def seconds_per_step(self) -> float | None:
         """Mean over the seeds; None if a run did not record it."""
         times = [run.get("seconds_per_step") for run in self.runs]

@@ -170,7 +170,7 @@ def _cells(means: list[float | None], stds: list[float | None], higher: bool) ->
 
 def _improvement_cells(comparison: Comparison) -> list[Cell]:
     choose = max if comparison.higher_is_better else min
-    best = choose((fmean(row.values) for row in comparison.rows if row.values), default=None)
+    best = choose((fmean(row.values) for row in comparison.rows if row.is_complete), default=None)
     return [
         Cell(
             _signed(row.improvement["mean"]),
@@ -178,7 +178,7 @@ def _improvement_cells(comparison: Comparison) -> list[Cell]:
             fmean(row.values) == best and len(comparison.rows) > 1,
             row.improvement["mean"],
         )
-        if row.values and row.improvement["mean"] is not None
+        if row.is_complete
         else Cell("–")
         for row in comparison.rows
     ]

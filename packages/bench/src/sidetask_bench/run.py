@@ -59,6 +59,9 @@ def train(
         overwrite: start again, even if there is a finished run or one of another configuration.
         display: shows progress; nothing by default.
 
+    Returns:
+        What ``result.json`` says. On other processes than 0 of ``torchrun``, an empty mapping until the run is there.
+
     Raises:
         ExperimentError: if the folder holds a run of another configuration (the message names what changed), or
             the configuration asks for what does not exist.
@@ -80,7 +83,7 @@ def train(
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """The result of a finished run."""
+    """The result of a finished run, as ``result.json`` has it: None for a metric that is undefined."""
     return json.loads((folder / "result.json").read_text("utf-8"))
 
 
@@ -151,6 +154,7 @@ class _Run:
         if self.main:
             result = self._test()
             storage.write_json(self.folder / "result.json", result)
+            result = read_result(self.folder)  # what a later reader gets: null for NaN
             self.display.finished(self.name, result)
         return result
 

@@ -57,10 +57,13 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def verdict(comparison: Comparison) -> list[str]:
-    """A few sentences: the best row, its gain on the baseline, its lead on the next, and what is within noise."""
+    """A few sentences: the best row, its gain on the baseline, its lead on the next, and what is within noise.
+
+    A row with a seed whose improvement is undefined is passed over: the other seeds are a selection.
+    """
     baseline = next((row for row in comparison.rows if row.name == comparison.baseline), None)
     others = sorted(
-        (row for row in comparison.rows if row is not baseline and row.values),
+        (row for row in comparison.rows if row is not baseline and row.is_complete),
         key=lambda row: fmean(_gains(comparison, row)),
         reverse=True,
     )
@@ -74,7 +77,7 @@ def verdict(comparison: Comparison) -> list[str]:
     else:
         first = f"No row beats {comparison.baseline}; the closest is {best.name}, {_percent(gain)} worse"
     sentences = [f"{first} ({_basis(comparison, best)})."]
-    if baseline is not None and baseline.values:
+    if baseline is not None and baseline.is_complete:
         word = "gain" if gain > 0 else "loss"
         found = difference(gains, _gains(comparison, baseline))
         sentences.append(_judged(f"This {word}", found, comparison.baseline))

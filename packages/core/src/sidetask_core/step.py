@@ -135,8 +135,8 @@ class Step(nn.Module):
                     f"the {slot} rule {type(rule).__name__} was made for tasks {_listed(rule.tasks)}, "
                     f"but the step's tasks are {_listed(names)}, in this order"
                 )
-        # Gradients per task need several backward passes over one graph. A module compiled with donated buffers
-        # writes over them in the first; what is compiled within a step has none, what was compiled before goes.
+        # Gradients per task need several backward passes over one graph. Code compiled with donated buffers may write
+        # over them in the first; what is compiled within a step has none, what was compiled before goes.
         if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules()):
             torch.compiler.reset()
         self.model = model

@@ -24,3 +24,10 @@ def test_a_task_without_an_output_or_a_view_is_named():
 @pytest.mark.parametrize("name", ["scenes", "digits", "frames"])
 def test_factories_are_found_by_name(name):
     assert find("datasets", name) is getattr(sidetask_datasets, name)
+
+
+@pytest.mark.parametrize(("name", "options"), [("scenes", {}), ("digits", {}), ("frames", {"root": "."})])
+@pytest.mark.parametrize("seed", ["a", 1.5, True])
+def test_a_seed_is_a_whole_number(name, options, seed):
+    with pytest.raises(ValueError, match="seed is a whole number, found"):
+        find("datasets", name)(**options, seed=seed)

@@ -214,6 +214,18 @@ def test_a_loop_of_links_is_a_missing_file(tree):
     fails(root, r"image/0001\.jpg: (no such file|cannot be)")
 
 
+def test_an_id_too_long_for_a_file_is_named(tree):
+    root, _ = tree
+    (root / "train.txt").write_text("0003\n" + 300 * "a" + "\n")
+    fails(root, "train.txt, line 2: an id of 300 characters")
+
+
+def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_bytes(b"\xef\xbb\xbf1\r\n2\r\n")
+    assert read_ids(path) == ["1", "2"]
+
+
 def test_ids_are_read_in_order(tmp_path):
     path = tmp_path / "ids.txt"
     path.write_text("b\n\na\n  c  \n")

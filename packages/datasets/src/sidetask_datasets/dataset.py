@@ -95,6 +95,12 @@ def choose_primary(primary: Iterable[str] | None, tasks: Sequence[str]) -> froze
     return frozenset(tasks if primary is None else choose("primary task", primary, tasks))
 
 
+def check_seed(seed: object) -> None:
+    """Refuse a seed that is not a whole number (text would be hashed without a word)."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed is a whole number, found {seed!r}")
+
+
 def check_counts(**counts: object) -> None:
     """Refuse a number of samples below 1, naming which."""
     for name, count in counts.items():

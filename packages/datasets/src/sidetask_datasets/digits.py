@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from sidetask_datasets import draws, tasks
 from sidetask_datasets.columns import Column
-from sidetask_datasets.dataset import Dataset, check_counts, choose, choose_primary
+from sidetask_datasets.dataset import Dataset, check_counts, check_seed, choose, choose_primary
 from sidetask_datasets.split import ResidentSplit
 from sidetask_datasets.view import View
 
@@ -60,6 +60,7 @@ def digits(
     names = choose("task", tasks, TASKS)
     wanted = choose_primary(primary, names)
     check_counts(train=train, validation=validation, test=test)
+    check_seed(seed)
     scans, labels = _scans()
     order = draws.permutation(draws.key(seed, "digits"), len(scans))
     borders = (0, len(scans) * 6 // 10, len(scans) * 8 // 10, len(scans))

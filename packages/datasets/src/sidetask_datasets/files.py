@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_LONGEST = 200  # file systems end names at 255 bytes, and an ending follows
 _Item = TypeVar("_Item")
 _MODES = {"colour": ("RGB",), "vectors": ("RGB",), "bytes": ("L", "P"), "words": ("I;16", "I;16B", "I")}
 _WANTED = {"colour": "8-bit RGB", "vectors": "8-bit RGB", "bytes": "8-bit grey", "words": "16-bit grey"}
@@ -24,14 +25,14 @@ class DataError(ValueError):
 
 
 def read_ids(path: Path) -> list[str]:
-    """The ids in a text file, one a line; empty lines are skipped.
+    """The ids in a UTF-8 text file, one a line; empty lines are skipped.
 
     Raises:
-        DataError: if the file cannot be read or holds no id, and, naming the line, for an id that is there twice or is
-            anything but letters, digits, ``_``, ``-`` and single dots: it becomes part of a path.
+        DataError: if the file cannot be read or holds no id, and, naming the line, for an id that is there twice, is
+            too long or is anything but letters, digits, ``_``, ``-`` and single dots: it becomes part of a path.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a list of ids: {error}") from error
     ids: dict[str, int] = {}
@@ -44,6 +45,8 @@ def read_ids(path: Path) -> list[str]:
                 f"{path}, line {number}: {name!r} is not an id: letters, digits, '_', '-' and single dots, "
                 "not beginning with a dot"
             )
+        if len(name) > _LONGEST:
+            raise DataError(f"{path}, line {number}: an id of {len(name)} characters; {_LONGEST} at most")
         if name in ids:
             raise DataError(f"{path}, line {number}: {name!r} is there already, in line {ids[name]}")
         ids[name] = number

@@ -24,7 +24,7 @@ from torch import Tensor
 from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.columns import Column
-from sidetask_datasets.dataset import Dataset, check_counts, choose, choose_primary
+from sidetask_datasets.dataset import Dataset, check_counts, check_seed, choose, choose_primary
 from sidetask_datasets.files import (
     DataError,
     check_apart,
@@ -93,6 +93,7 @@ def frames(
     names = choose("task", tasks, TASKS)
     wanted = choose_primary(primary, names)
     check_counts(validation=validation)
+    check_seed(seed)
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size is a height and a width in pixels, found {size!r}")
     root = Path(root)

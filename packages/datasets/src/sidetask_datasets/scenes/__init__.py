@@ -12,7 +12,7 @@ import torch
 
 from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.augment import Augmentation
-from sidetask_datasets.dataset import Dataset, check_counts, choose, choose_primary
+from sidetask_datasets.dataset import Dataset, check_counts, check_seed, choose, choose_primary
 from sidetask_datasets.scenes.layout import furnish
 from sidetask_datasets.scenes.render import Labels, render
 from sidetask_datasets.scenes.stream import FIRST, MEAN, STD, Recipe, SceneStream, clean
@@ -85,6 +85,7 @@ def scenes(
     names = choose("task", tasks, TASKS)
     wanted = choose_primary(primary, names)
     check_counts(train=train, validation=validation, test=test, samples=samples)
+    check_seed(seed)
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size is a height and a width in pixels, found {size!r}")
     for name, value in (("difficulty", difficulty), ("label_noise", label_noise)):

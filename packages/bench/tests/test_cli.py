@@ -66,7 +66,6 @@ def test_a_run_that_fails_has_status_1(sidetask: Callable[..., Result], tiny: Ca
         ("train", "{tiny}", "--set", "training.epoch=1"),
         ("train", "{tiny}", "--set", "dataset.trian=1"),
         ("compare", "{tiny}", "--set", "rows={}"),
-        ("report", "nowhere"),
     ],
     ids=" ".join,
 )
@@ -80,6 +79,46 @@ def test_bad_input_is_one_line_and_status_2(
     assert done.stderr.count("\n") == 1
     debugged = sidetask(*words, "--debug")
     assert type(debugged.exception).__name__ == "ExperimentError"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("name=\0", "--set name is not valid YAML"),
+        (
+            f"training.epochs={'9' * 5000}",
+            "--set training.epochs, line 1: expected a whole number, found something long",
+        ),
+        ("training.epochs=!!int abc", "--set training.epochs, line 1: expected a whole number, found 'abc'"),
+        ("training.deterministic=!!bool abc", "expected true or false, found 'abc'"),
+        ("rows=&a {a: *a}", "--set rows is nested too deep, or contains itself"),
+        (f"seeds=[0, {2**70}]", "seeds[1]: expected at most 4294967295"),
+        ("method={name: rlw, seed: a}", "method {'name': 'rlw', 'seed': 'a'}: "),
+        (f"method={{name: rlw, seed: {2**64}}}", "method {'name': 'rlw', 'seed': "),
+        ("dataset.device=nope", "dataset.device: 'nope' cannot be used here"),
+        ("dataset.seed=a", "dataset 'digits': seed is a whole number, found 'a'"),
+        ("network.cut=1.5", "network 'small': cut is a whole number of stages"),
+        ("training.optimizer={name: adam, betas: [0.9, 1.0]}", "training.optimizer.betas[1]: expected less than 1"),
+        (
+            "training.optimizer={name: sgd, nesterov: true, momentum: 0}",
+            "optimizer: nesterov needs a momentum",
+        ),
+    ],
+    ids=lambda text: text[:30].replace("\0", "NUL"),
+)
+def test_a_value_that_makes_no_sense_is_one_line_with_its_key(
+    sidetask: Callable[..., Result], tiny: Callable[..., Path], assignment: str, words: str
+) -> None:
+    done = sidetask("train", tiny(), "--set", assignment)
+    assert done.exit_code == 2, done.exception
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_seed_that_no_generator_takes(sidetask: Callable[..., Result], tiny: Callable[..., Path]) -> None:
+    done = sidetask("train", tiny(), "--seed", 2**70)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: seed: expected 0 to 4294967295")
 
 
 def test_list_names_everything_with_its_distribution(sidetask: Callable[..., Result]) -> None:

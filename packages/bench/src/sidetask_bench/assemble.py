@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sidetask_core import Rule, SplitModel, Step, plugins
 
+from sidetask_bench import runtime
 from sidetask_bench.config import Plugin, RunConfig
-from sidetask_bench.schema import ExperimentError, unknown
+from sidetask_bench.schema import ExperimentError, first_line, unknown
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
@@ -26,6 +27,8 @@ def make_dataset(plugin: Plugin) -> Dataset:
     with _blaming("dataset", plugin.name):
         factory = plugins.find("datasets", plugin.name)
         _check_options(factory, plugin, "dataset", given=0)
+        if "device" in plugin.options:
+            runtime.find_device(str(plugin.options["device"]), "dataset.device")
         return factory(**plugin.options)
 
 
@@ -46,9 +49,9 @@ def make_step(config: RunConfig, dataset: Dataset) -> Step:
     with _blaming("method", config.method):
         method = plugins.make_method(config.method, dataset.tasks)
         step = Step(model, dataset.tasks, method)
-    for module in step.modules():
-        if isinstance(module, Rule):
-            module.generator.manual_seed(module.generator.initial_seed() + config.seed)
+        for module in step.modules():
+            if isinstance(module, Rule):
+                module.generator.manual_seed(module.generator.initial_seed() + config.seed)
     return step
 
 
@@ -56,8 +59,8 @@ def make_step(config: RunConfig, dataset: Dataset) -> Step:
 def _blaming(what: str, name: Any) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, LookupError, OSError, ImportError) as error:
-        raise ExperimentError(f"{what} {name!r}: {error}") from error
+    except (ValueError, TypeError, LookupError, OSError, ImportError, OverflowError, RuntimeError) as error:
+        raise ExperimentError(f"{what} {name!r}: {first_line(error)}") from error
 
 
 def _check_options(factory: Any, plugin: Plugin, path: str, given: int) -> None:

@@ -42,6 +42,10 @@ class SGD:
     weight_decay: float = limited(1e-4, minimum=0)
     nesterov: bool = False
 
+    def __post_init__(self) -> None:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+
 
 @dataclass(frozen=True)
 class Adam:
@@ -49,7 +53,7 @@ class Adam:
 
     name: Literal["adam"] = "adam"
     lr: float = limited(1e-4, above=0)
-    betas: tuple[float, float] = limited((0.9, 0.999), minimum=0)
+    betas: tuple[float, float] = limited((0.9, 0.999), minimum=0, below=1)
     eps: float = limited(1e-8, above=0)
     weight_decay: float = limited(0.0, minimum=0)
 
@@ -60,7 +64,7 @@ class AdamW:
 
     name: Literal["adamw"] = "adamw"
     lr: float = limited(1e-3, above=0)
-    betas: tuple[float, float] = limited((0.9, 0.999), minimum=0)
+    betas: tuple[float, float] = limited((0.9, 0.999), minimum=0, below=1)
     eps: float = limited(1e-8, above=0)
     weight_decay: float = limited(1e-2, minimum=0)
 
@@ -149,6 +153,7 @@ class RunConfig:
 
 ROW_KEYS = ("network", "method", "training")
 BASE = "base"
+LARGEST_SEED = 2**32 - 1  # what every library's generator takes
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ class Experiment:
     network: Plugin
     method: Any = "equal"
     training: Training = field(default_factory=Training)
-    seeds: tuple[int, ...] = limited((0,), minimum=0)
+    seeds: tuple[int, ...] = limited((0,), minimum=0, maximum=LARGEST_SEED)
     rows: Mapping[str, Any] = field(default_factory=dict)
     baseline: str | None = None
     improvement: Literal["mean-of-tasks", "one-metric", "flat"] = "mean-of-tasks"
@@ -188,8 +193,10 @@ class Experiment:
         """The run of one row and seed; row None (or ``base``) is the experiment without any row's changes.
 
         Raises:
-            ExperimentError: if there is no such row, or it changes what a row may not.
+            ExperimentError: if there is no such row, it changes what a row may not, or the seed is none.
         """
+        if not 0 <= seed <= LARGEST_SEED:
+            raise wrong("seed", f"0 to {LARGEST_SEED}", seed)
         parts = {key: plain(getattr(self, key)) for key in ROW_KEYS}
         if row is not None and row != BASE:
             if row not in self.rows:

@@ -26,6 +26,15 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            kind = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(node.tag.split(":")[-1])
+            shown = repr(node.value) if len(str(node.value)) <= 40 else "something long"
+            line = node.start_mark.line + 1
+            raise ExperimentError(f"{self.name}, line {line}: expected {kind or node.tag}, found {shown}") from error
+
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Writes what `_Loader` reads back unchanged: text that looks like a number to it is quoted."""
@@ -62,14 +71,14 @@ def parse(text: str, name: str = "<text>") -> Any:
     Raises:
         ExperimentError: naming the line that is not YAML, or the repeated key.
     """
-    loader = _Loader(text)
-    loader.name = name
     try:
-        return loader.get_single_data()
+        loader = _Loader(text)
+        loader.name = name
+        return _copy(loader.get_single_data())
     except yaml.YAMLError as error:
         raise ExperimentError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
-    finally:
-        loader.dispose()
+    except RecursionError as error:
+        raise ExperimentError(f"{name} is nested too deep, or contains itself") from error
 
 
 def dump(data: Any) -> str:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from sidetask_core import parallel
 
 from sidetask_bench.config import Training
-from sidetask_bench.schema import ExperimentError
+from sidetask_bench.schema import ExperimentError, first_line
 
 
 @contextlib.contextmanager
@@ -79,8 +79,10 @@ def settings(training: Training) -> Iterator[torch.device]:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, path: str = "training.device") -> torch.device:
     """The device of a name; ``auto`` is this process's CUDA device where there is one, else the CPU.
+
+    `path` is the key that an error names.
 
     >>> find_device("cpu")
     device(type='cpu')
@@ -94,7 +96,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ExperimentError(f"training.device: {name!r} cannot be used here: {error}") from error
+        raise ExperimentError(f"{path}: {name!r} cannot be used here: {first_line(error)}") from error
     return device
 
 

@@ -18,7 +18,7 @@ class ExperimentError(Exception):
 
 
 def limited(default: Any = dataclasses.MISSING, **limits: float) -> Any:
-    """A dataclass field whose number is checked by `build`: ``minimum=`` (inclusive) or ``above=`` (exclusive)."""
+    """A field whose numbers `build` checks: at least ``minimum=``, at most ``maximum=``, ``above=``, ``below=``."""
     return dataclasses.field(default=default, metadata=limits)
 
 
@@ -64,6 +64,11 @@ def unknown(key: Any, known: Iterable[str], path: str, what: str = "key") -> Exp
     guess = f"; did you mean {near[0]!r}?" if near else ";"
     listed = f"({what}s: {', '.join(known)})" if known else f"(there are no {what}s here)"
     return ExperimentError(f"{join(path, key)}: unknown {what}{guess} {listed}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the advice that torch appends on further lines."""
+    return str(error).partition("\n")[0]
 
 
 def join(path: str, key: Any) -> str:
@@ -165,13 +170,16 @@ def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
 
 _LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "minimum": (lambda value, limit: value >= limit, "at least"),
+    "maximum": (lambda value, limit: value <= limit, "at most"),
     "above": (lambda value, limit: value > limit, "more than"),
+    "below": (lambda value, limit: value < limit, "less than"),
 }
 
 
 def _check_limits(limits: Mapping[str, float], value: Any, path: str) -> None:
     for name, limit in limits.items():
         holds, words = _LIMITS[name]
-        items = value if isinstance(value, tuple) else (value,)
-        if any(item is not None and not holds(item, limit) for item in items):
-            raise wrong(path, f"{words} {limit:g}", value)
+        items = {f"{path}[{i}]": item for i, item in enumerate(value)} if isinstance(value, tuple) else {path: value}
+        for where, item in items.items():
+            if item is not None and not holds(item, limit):
+                raise wrong(where, f"{words} {limit}", item)

@@ -9,7 +9,7 @@ from sidetask_core import SplitModel
 from sidetask_datasets import Dataset
 from torch import Tensor, nn
 
-from sidetask_bench.networks.parts import convolution, image_shape, resize, typical_label
+from sidetask_bench.networks.parts import check_cut, convolution, image_shape, resize, typical_label
 
 
 def small(
@@ -67,7 +67,7 @@ def small(
         stages = list(blocks)
         for task in dataset.tasks:
             heads[task.name] = PoolHead(widths[-1], dataset.outputs[task.name])
-    return SplitModel.from_stages(stages, len(stages) if cut is None else cut, heads)
+    return SplitModel.from_stages(stages, check_cut(cut, len(stages)), heads)
 
 
 class Block(nn.Module):

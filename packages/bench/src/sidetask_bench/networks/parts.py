@@ -20,6 +20,17 @@ def image_shape(dataset: Dataset) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
+def check_cut(cut: int | None, stages: int) -> int:
+    """The cut between so many stages; None is after the last.
+
+    Raises:
+        ValueError: if it is not a whole number; `sidetask_core.SplitModel.from_stages` checks its size.
+    """
+    if cut is not None and (not isinstance(cut, int) or isinstance(cut, bool)):
+        raise ValueError(f"cut is a whole number of stages, 0 to {stages}, found {cut!r}")
+    return stages if cut is None else cut
+
+
 def convolution(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     """Convolution, batch normalisation, ReLU; without a stride the image keeps its size."""
     padding = dilation * (kernel // 2)

@@ -9,7 +9,7 @@ from sidetask_core import SplitModel
 from sidetask_datasets import Dataset
 from torch import Tensor, nn
 
-from sidetask_bench.networks.parts import convolution, image_shape, resize
+from sidetask_bench.networks.parts import check_cut, convolution, image_shape, resize
 
 _DEPTHS = {18: "resnet18", 50: "resnet50"}
 _FEATURES = {18: 512, 50: 2048}
@@ -57,7 +57,7 @@ def deeplabv3(
     heads = {
         task.name: AtrousHead(_FEATURES[depth], dataset.outputs[task.name], (height, width)) for task in dataset.tasks
     }
-    return SplitModel.from_stages(stages, len(stages) if cut is None else cut, heads)
+    return SplitModel.from_stages(stages, check_cut(cut, len(stages)), heads)
 
 
 def resnet_stages(depth: int, channels: int = 3, weights: str | Path | None = None) -> list[nn.Sequential]:

@@ -64,7 +64,7 @@ def dense(device: str) -> Setting:
     """Three dense tasks on a ResNet-18 at output stride 8 with atrous heads."""
     from sidetask_datasets import tasks as kinds
 
-    size, images = ((96, 128), 4) if device == "cpu" else ((288, 384), 8)
+    size, images = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
     tasks = [kinds.segmentation("segmentation", 13), kinds.depth(), kinds.normals()]
     heads = {t.name: AtrousHead(512, c, size, width=64) for t, c in zip(tasks, (13, 1, 3), strict=True)}
     stages = resnet_stages(18)
@@ -82,7 +82,7 @@ def classification(device: str) -> Setting:
     """Twenty classification tasks with two-layer heads on a ResNet-18."""
     from sidetask_datasets import tasks as kinds
 
-    size, images = ((64, 64), 16) if device == "cpu" else ((224, 224), 64)
+    size, images = ((64, 64), 8) if device == "cpu" else ((224, 224), 64)
     tasks = [kinds.classification(f"task{i:02}", 5) for i in range(20)]
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     heads = {t.name: nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 5)) for t in tasks}
@@ -195,7 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--setting", choices=["dense", "classification"], help="only one of the two")
     parser.add_argument("--write", action="store_true", help="write the figures to benchmarks/results/")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -207,6 +208,8 @@ def main() -> None:
     head = f"{name}; {versions}; {options.rounds} rounds"
     results, tables = [], []
     for column, build in enumerate((dense, classification)):
+        if options.setting not in (None, build.__name__):
+            continue
         rows = measure(build(options.device), options.rounds, options.device)
         tables.append(table(rows, column))
         print(tables[-1], end="\n\n", flush=True)

@@ -76,12 +76,18 @@ def pick_sign(compared: Tensor, gradients: Tensor, leak: Tensor, draws: torch.Ge
         leak: share of each task's gradient that always passes, broadcasts likewise.
         draws: source of the uniform numbers, one for each coordinate of `compared`.
     """
-    total = compared.abs().sum(dim=0)
+    total = torch.zeros_like(compared[0])
+    for wanted in compared:
+        total += wanted.abs()
     positive = (1 + torch.where(total > 0, compared.sum(dim=0) / total, 0.0)) / 2
     # Always in single precision, so that another precision of the network sees the same draws.
     drawn = torch.rand(positive.shape, generator=draws, device=positive.device, dtype=torch.float32) < positive
-    kept = torch.where(drawn, compared > 0, compared < 0).to(gradients)
-    return ((leak + (1 - leak) * kept) * gradients).sum(dim=0)
+    combined = torch.zeros_like(gradients[0])
+    # Task by task: what is in memory at a time is of the size of one gradient, not of T.
+    for wanted, gradient, passes in zip(compared, gradients, leak, strict=True):
+        kept = torch.where(drawn, wanted > 0, wanted < 0).to(gradient)
+        combined += (passes + (1 - passes) * kept) * gradient
+    return combined
 
 
 def graddrop(

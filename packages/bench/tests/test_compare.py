@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from sidetask_bench import Experiment, ExperimentError, compare, tables
+from sidetask_bench import Experiment, ExperimentError, compare, report, runtime, tables
 from sidetask_bench.compare import summarize
 from sidetask_bench.trainer import Trainer
 from sidetask_core import Task
@@ -165,6 +165,22 @@ def test_compare_runs_what_is_missing(load: Loader, tmp_path: Path, monkeypatch:
             stored = json.loads((tmp_path / "c" / run["folder"] / "result.json").read_text())
             assert run["test"] == stored["test"]
     assert (tmp_path / "c" / "table.md").read_text() == tables.markdown(comparison)
+
+
+def test_the_versions_are_those_of_the_runs(load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ["training.epochs=1", "dataset.train=16"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "versions", lambda: {"torch": "1.0", "python": "3.12"})
+        alike = compare(load(*short), tmp_path / "c")
+    assert alike["versions"] == {"torch": "1.0", "python": "3.12"}
+    assert alike["mixed_versions"] == {}
+    monkeypatch.setattr(runtime, "versions", lambda: {"torch": "2.0", "python": "3.12"})
+    comparison = compare(load(*short, "rows.rlw={method: rlw}"), tmp_path / "c")
+    assert comparison["versions"] == {"torch": "1.0, 2.0", "python": "3.12"}
+    assert comparison["mixed_versions"] == {"torch": {"1.0": ["single/seed0", "equal/seed0"], "2.0": ["rlw/seed0"]}}
+    sentence = "different versions of torch: 1.0 (single/seed0, equal/seed0); 2.0 (rlw/seed0)"
+    assert sentence in tables.markdown(comparison)
+    assert sentence in report.write(tmp_path / "c").read_text("utf-8")
 
 
 def test_runs_side_by_side_give_what_runs_in_order_give(load: Loader, tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ def _compare(experiment: Experiment, folder: Path, jobs: int, overwrite: bool, c
     console.print(tables.terminal(comparison))
     for failure in comparison["failed"]:
         typer.echo(f"left out: {failure['row']}, seed {failure['seed']}: {failure['error']}", err=True)
+    for sentence in tables.mixed_versions(comparison["mixed_versions"]):
+        typer.echo(sentence, err=True)
     _say_report(folder, console)
     return bool(comparison["failed"])
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -81,7 +79,7 @@ def compare(
     if parallel.rank():
         return {}
     comparison = summarize(experiment, dataset, runs, results)
-    comparison |= {"failed": failed, "versions": versions(), "config": plain(experiment), "command": command}
+    comparison |= {"failed": failed, "config": plain(experiment), "command": command}
     storage.write_json(folder / "comparison.json", comparison)
     storage.write_text(folder / "table.md", tables.markdown(comparison))
     storage.write_text(folder / "table.csv", tables.csv_text(comparison))
@@ -114,6 +112,7 @@ def summarize(
                 "seconds_per_step": fmean(run["seconds_per_step"] for run in row_results),
             }
         )
+    versions, mixed = versions_of_runs(rows)
     return {
         "name": experiment.name,
         "baseline": baseline,
@@ -128,6 +127,8 @@ def summarize(
             for task in dataset.tasks
         ],
         "rows": rows,
+        "versions": versions,
+        "mixed_versions": mixed,
     }
 
 
@@ -172,12 +173,22 @@ def deviation(values: Sequence[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on: the installed sidetask distributions, torch and Python."""
-    names = {dist.metadata["Name"] for dist in metadata.distributions()}
-    ours = sorted(name for name in names if name and name.startswith("sidetask-"))
-    found = {name: metadata.version(name) for name in [*ours, "torch", "torchvision", "numpy"] if name in names}
-    return {**found, "python": platform.python_version()}
+def versions_of_runs(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, dict[str, list[str]]]]:
+    """What the runs were made with, by name, and where that was not the same for all: name to version to runs.
+
+    Runs that were kept from an earlier call may be of other versions than the rest.
+
+    >>> runs = [{"seed": seed, "versions": {"torch": f"2.{6 + seed}", "python": "3.12"}} for seed in (0, 1)]
+    >>> versions_of_runs([{"name": "equal", "runs": runs}])
+    ({'torch': '2.6, 2.7', 'python': '3.12'}, {'torch': {'2.6': ['equal/seed0'], '2.7': ['equal/seed1']}})
+    """
+    made = [(f"{row['name']}/seed{run['seed']}", run.get("versions", {})) for row in rows for run in row["runs"]]
+    found: dict[str, dict[str, list[str]]] = {name: {} for _, of_run in made for name in of_run}
+    for name, runs in found.items():
+        for run, of_run in made:
+            runs.setdefault(of_run.get(name, "unknown"), []).append(run)
+    mixed = {name: runs for name, runs in found.items() if len(runs) > 1}
+    return {name: ", ".join(runs) for name, runs in found.items()}, mixed
 
 
 def _by_metric(tests: Sequence[Results], reduce: Any) -> dict[str, dict[str, Any]]:

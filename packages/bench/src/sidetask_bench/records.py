@@ -91,6 +91,7 @@ class Comparison:
     config: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
     failed: list[dict[str, Any]] = field(default_factory=list)
+    mixed_versions: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     @property
     def seeds(self) -> int:
@@ -148,6 +149,7 @@ def load(folder: Path | str) -> Comparison:
         data.get("config", {}),
         data.get("command"),
         data.get("failed", []),
+        data.get("mixed_versions", {}),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sidetask_bench import gallery as galleries
-from sidetask_bench import plots, records
+from sidetask_bench import plots, records, tables
 from sidetask_bench.document import dump
 from sidetask_bench.records import Comparison, RowRecord, TaskRecord
 from sidetask_bench.schema import ExperimentError
@@ -120,6 +120,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         gallery=gallery if gallery and gallery.strips else None,
         no_gallery=missing,
         marks=galleries.MARKS,
+        mixed=tables.mixed_versions(comparison.mixed_versions),
         config=dump(comparison.config) if comparison.config else "",
     )
     path = comparison.folder / "report.html"

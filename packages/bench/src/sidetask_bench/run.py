@@ -218,6 +218,7 @@ class _Run:
             "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "processes": parallel.world(),
+            "versions": runtime.versions(),
         }
 
     def _batch_size(self) -> int:

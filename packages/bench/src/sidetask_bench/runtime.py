@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import random
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,14 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on: the installed sidetask distributions, torch and Python."""
+    names = {dist.metadata["Name"] for dist in metadata.distributions()}
+    ours = sorted(name for name in names if name and name.startswith("sidetask-"))
+    found = {name: metadata.version(name) for name in [*ours, "torch", "torchvision", "numpy"] if name in names}
+    return {**found, "python": platform.python_version()}
 
 
 @contextlib.contextmanager

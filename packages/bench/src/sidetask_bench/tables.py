@@ -26,7 +26,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     head, rows = _cells(comparison, headline=False)
     lines = [f"# {comparison['name']}", "", _line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
     lines += [_line(row) for row in rows]
-    return "\n".join([*lines, "", _caption(comparison), ""])
+    return "\n".join([*lines, "", _caption(comparison), *mixed_versions(comparison["mixed_versions"]), ""])
 
 
 def csv_text(comparison: Mapping[str, Any]) -> str:
@@ -44,6 +44,20 @@ def csv_text(comparison: Mapping[str, Any]) -> str:
         change = row["improvement"]
         writer.writerow([row["name"], "", "improvement %", change["mean"], change["std"], seeds])
     return out.getvalue()
+
+
+def mixed_versions(mixed: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
+    """A sentence for each distribution that the runs had in different versions.
+
+    >>> mixed_versions({"torch": {"2.6": ["single/seed0", "single/seed1"], "2.7": ["equal/seed0"]}})
+    ['Runs were made with different versions of torch: 2.6 (single/seed0, single/seed1); 2.7 (equal/seed0).']
+    """
+    return [
+        f"Runs were made with different versions of {name}: "
+        + "; ".join(f"{version} ({', '.join(runs)})" for version, runs in found.items())
+        + "."
+        for name, found in mixed.items()
+    ]
 
 
 def with_deviation(mean: float | None, std: float | None, sign: bool = False) -> str:

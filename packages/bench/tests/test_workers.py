@@ -1,4 +1,5 @@
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from sidetask_bench import Experiment, ExperimentError, compare, runtime, storage
+from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_core import Step, StepFailure
 
 Loader = Callable[..., Experiment]
@@ -67,6 +70,50 @@ def test_only_a_failed_step_is_a_failed_run(
     else:
         with pytest.raises(error):
             compare(experiment, tmp_path / "c")
+
+
+class Recorder(Display):
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+
+    def begin(self, name: str, done: int, steps: int) -> None:
+        self.seen.append(("begin", name))
+        assert steps == 2
+
+    def show(self, name: str, done: int, epoch: int, epochs: int, latest: Any) -> None:
+        self.seen.append(("show", name))
+        assert set(latest["losses"]) == {"top_left", "bottom_right"}
+
+    def end(self, name: str) -> None:
+        self.seen.append(("end", name))
+
+    def finished(self, name: str, result: Any) -> None:
+        self.seen.append(("finished", name))
+        assert "test" in result
+
+
+def test_runs_in_other_processes_show_their_progress_here(load: Loader, tmp_path: Path) -> None:
+    display = Recorder()
+    experiment = load("training.epochs=1", "dataset.train=16")
+    compare(experiment, tmp_path / "c", jobs=2, display=display)
+    for row in ("single", "equal"):
+        events = [event for event, name in display.seen if name == f"{row}/seed0"]
+        assert list(dict.fromkeys(events)) == ["begin", "show", "finished", "end"]
+
+
+def test_a_terminal_has_a_bar_for_each_run_that_goes_on() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    display = ConsoleDisplay(console)
+    with display:
+        display.begin("a/seed0", 0, 10)
+        display.begin("b/seed0", 5, 10)
+        display.show("b/seed0", 6, 1, 2, {"losses": {"depth": 0.4}, "encoder": {"depth": 1.1}})
+        assert display.bars is not None
+        assert [(bar.description, bar.completed) for bar in display.bars.tasks] == [("a/seed0", 0), ("b/seed0", 6)]
+        assert display.bars.tasks[1].fields["live"] == "epoch 2/2  depth 0.400 ×1.10"
+        display.end("b/seed0")
+        assert [bar.description for bar in display.bars.tasks] == ["a/seed0"]
+    assert display.bars is None
 
 
 def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

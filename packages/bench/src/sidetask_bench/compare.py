@@ -62,7 +62,7 @@ def compare(
         make_step(configs[0], dataset)
     if jobs > 1 and parallel.world() > 1:
         raise ExperimentError("--jobs: torchrun's processes share each run already; give it 1")
-    places = [(config, folder / row / f"seed{config.seed}") for row, configs in runs.items() for config in configs]
+    places = [(config, folder / config.label) for configs in runs.values() for config in configs]
     outcomes = train_all(
         places, dataset, experiment.dataset, at_once=jobs, overwrite=overwrite, display=display or Display()
     )

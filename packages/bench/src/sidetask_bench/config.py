@@ -150,6 +150,11 @@ class RunConfig:
     method: Any
     training: Training
 
+    @property
+    def label(self) -> str:
+        """Row and seed, as people read them and folders are called."""
+        return f"{self.row}/seed{self.seed}"
+
 
 ROW_KEYS = ("network", "method", "training")
 BASE = "base"

@@ -1,4 +1,4 @@
-"""What a person sees while runs go on: a bar with live losses and weights, or a line per run without a terminal."""
+"""What a person sees while runs go on: bars with live losses and weights, or a line per run without a terminal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
 class Display:
     """Shows nothing; what training reports to unless it is given another.
 
-    A display is a context manager around one run.
+    A display is a context manager around one run, or around several that go on side by side.
     """
 
     def __enter__(self) -> Display:
@@ -27,15 +27,18 @@ class Display:
     def begin(self, name: str, done: int, steps: int) -> None:
         """A run of so many steps starts, or goes on where it stopped."""
 
-    def show(self, done: int, epoch: int, epochs: int, latest: Mapping[str, Any]) -> None:
-        """The newest step: its losses and weights by task."""
+    def show(self, name: str, done: int, epoch: int, epochs: int, latest: Mapping[str, Any]) -> None:
+        """The newest step of a run: its losses and weights by task."""
+
+    def end(self, name: str) -> None:
+        """A run goes on no more, whatever came of it."""
 
     def finished(self, name: str, result: Mapping[str, Any]) -> None:
         """A run has its result."""
 
 
 class ConsoleDisplay(Display):
-    """A progress bar on a terminal; elsewhere (a log file, CI) one line when a run has finished.
+    """A progress bar per run on a terminal; elsewhere (a log file, CI) one line when a run has finished.
 
     Args:
         console: where to write.
@@ -43,37 +46,44 @@ class ConsoleDisplay(Display):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bar: Progress | None = None
+        self.bars: Progress | None = None
+        self.runs: dict[str, TaskID] = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        if self.bars is not None:
+            self.bars.stop()
+        self.bars, self.runs = None, {}
 
     def begin(self, name: str, done: int, steps: int) -> None:
-        """Open the bar, on a terminal."""
+        """Open the run's bar, on a terminal."""
         if not self.console.is_terminal:
             return
-        self.bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[live]}", markup=False),
-            console=self.console,
-            transient=True,
-            refresh_per_second=4,
-        )
-        self.bar.start()
-        self.bar.add_task(name, total=steps, completed=done, live="")
+        if self.bars is None:
+            self.bars = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[live]}", markup=False),
+                console=self.console,
+                transient=True,
+                refresh_per_second=4,
+            )
+            self.bars.start()
+        self.runs[name] = self.bars.add_task(name, total=steps, completed=done, live="")
 
-    def show(self, done: int, epoch: int, epochs: int, latest: Mapping[str, Any]) -> None:
-        """Move the bar, and write the newest losses and weights beside it."""
-        if self.bar is not None:
+    def show(self, name: str, done: int, epoch: int, epochs: int, latest: Mapping[str, Any]) -> None:
+        """Move the run's bar, and write the newest losses and weights beside it."""
+        if self.bars is not None:
             live = f"epoch {epoch + 1}/{epochs}  {describe(latest)}"
-            self.bar.update(self.bar.task_ids[0], completed=done, live=live)
+            self.bars.update(self.runs[name], completed=done, live=live)
+
+    def end(self, name: str) -> None:
+        """Take the run's bar away."""
+        if self.bars is not None and name in self.runs:
+            self.bars.remove_task(self.runs.pop(name))
 
     def finished(self, name: str, result: Mapping[str, Any]) -> None:
         """Print a line that stays."""

@@ -138,7 +138,7 @@ class _Run:
         self.trainer = Trainer(config, data, device)
         self.best_epoch, self.best_score = -1, -math.inf
         self.seconds = self.epoch_seconds = 0.0
-        self.name = f"{config.row}/seed{config.seed}"
+        self.name = config.label
         self._restore()
 
     def complete(self) -> dict[str, Any]:
@@ -170,14 +170,14 @@ class _Run:
             now = time.perf_counter()
             if now - flushed > _FLUSH_SECONDS:
                 self.log.flush()
-                self.display.show(trainer.total, trainer.epoch, training.epochs, self.log.latest)
+                self.display.show(self.name, trainer.total, trainer.epoch, training.epochs, self.log.latest)
                 flushed = now
             if training.checkpoint_every and trainer.total % training.checkpoint_every == 0:
                 started = self._count_seconds(started)
                 self._save()
         if self.main:
             self.log.flush()
-            self.display.show(trainer.total, trainer.epoch, training.epochs, self.log.latest)
+            self.display.show(self.name, trainer.total, trainer.epoch, training.epochs, self.log.latest)
             self._count_seconds(started)
 
     def _close_epoch(self) -> None:

@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing.connection import Connection
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
 
 Job = tuple[RunConfig, Path]
 
+# From a worker: a method of `Display`, and its arguments.
+Events = SimpleQueue[tuple[str, tuple[Any, ...]]]
+_POLL_SECONDS = 0.25
+
 _dataset: Dataset | None = None
+_display = Display()
 
 
 def train_all(
@@ -45,7 +51,7 @@ def train_all(
         at_once: so many runs side by side, each in a process that takes its share of the cores; results come in the
             order they are ready. 1 trains here, in order.
         overwrite: start again, whatever the folders hold.
-        display: shows progress; several at once report only when they finish.
+        display: shows progress, also of those in other processes.
     """
     at_once = min(at_once, len(jobs))
     if at_once <= 1:
@@ -57,14 +63,14 @@ def train_all(
     context = multiprocessing.get_context("spawn")
     # Nothing is ever sent here: its closing, which the death of this process brings about too, tells workers to stop.
     alive, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(at_once, context, _start, (plugin, threads, alive))
+    events: Events = context.SimpleQueue()
+    pool = ProcessPoolExecutor(at_once, context, _start, (plugin, threads, alive, events))
     try:
         futures = {pool.submit(_attempt_there, config, folder, overwrite): config for config, folder in jobs}
-        for future in as_completed(futures):
-            config, result = futures[future], future.result()
-            if "error" not in result:
-                display.finished(f"{config.row}/seed{config.seed}", result)
-            yield config, result
+        with display:
+            for future in _as_they_end(futures, events, display):
+                display.end(futures[future].label)
+                yield futures[future], future.result()
     except BaseException:
         held.close()
         raise
@@ -74,21 +80,46 @@ def train_all(
         alive.close()
 
 
-def _attempt(
-    config: RunConfig, folder: Path, overwrite: bool, dataset: Dataset, display: Display | None
-) -> dict[str, Any]:
+def _as_they_end(futures: Iterable[Future[Any]], events: Events, display: Display) -> Iterator[Future[Any]]:
+    """The futures in the order they are done; meanwhile, what workers report is shown."""
+    pending = set(futures)
+    while pending:
+        ended, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+        while not events.empty():
+            report, arguments = events.get()
+            getattr(display, report)(*arguments)
+        yield from ended
+
+
+class _Sender(Display):
+    """The display of a worker: hands on to the parent's."""
+
+    def __init__(self, events: Events) -> None:
+        self.events = events
+
+    def begin(self, *arguments: Any) -> None:
+        self.events.put(("begin", arguments))
+
+    def show(self, *arguments: Any) -> None:
+        self.events.put(("show", arguments))
+
+    def finished(self, *arguments: Any) -> None:
+        self.events.put(("finished", arguments))
+
+
+def _attempt(config: RunConfig, folder: Path, overwrite: bool, dataset: Dataset, display: Display) -> dict[str, Any]:
     try:
         return train(config, folder, dataset=dataset, overwrite=overwrite, display=display)
     except StepFailure as error:
         return {"error": str(error)}
 
 
-def _start(plugin: Plugin, threads: int, alive: Connection) -> None:
+def _start(plugin: Plugin, threads: int, alive: Connection, events: Events) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent stops this
     threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
-    global _dataset  # noqa: PLW0603 (what the jobs of this process share)
+    global _dataset, _display
     torch.set_num_threads(threads)
-    _dataset = make_dataset(plugin)
+    _dataset, _display = make_dataset(plugin), _Sender(events)
 
 
 def _exit_with_parent(alive: Connection) -> None:
@@ -98,4 +129,4 @@ def _exit_with_parent(alive: Connection) -> None:
 
 def _attempt_there(config: RunConfig, folder: Path, overwrite: bool) -> dict[str, Any]:
     assert _dataset is not None
-    return _attempt(config, folder, overwrite, _dataset, None)
+    return _attempt(config, folder, overwrite, _dataset, _display)

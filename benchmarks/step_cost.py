@@ -6,8 +6,8 @@
 Two settings: three dense tasks (segmentation, depth, normals) on a ResNet-18 with DeepLabV3 heads, and twenty
 classification tasks with small heads on the same trunk. One round times one step of every method, in an order drawn
 anew; a ratio is taken within its round, and the table gives its median and quartiles over the rounds. Memory is the
-most that a step holds at a time on top of the parameters, their gradients and the batch. `plain` is the sum of losses
-and one ``backward()``, without this project.
+most that a step holds at a time on top of the parameters and the batch, gradients included. `plain` is the sum of
+losses and one ``backward()``, without this project.
 
 A figure over its goal is marked with an exclamation mark.
 """
@@ -61,12 +61,12 @@ class Setting:
 
 
 def dense(device: str) -> Setting:
-    """Three dense tasks on a ResNet-18 at output stride 8 with atrous heads."""
+    """Three dense tasks on the ResNet-18 DeepLabV3 of `sidetask_bench`: half of the work is in the heads."""
     from sidetask_datasets import tasks as kinds
 
     size, images = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
     tasks = [kinds.segmentation("segmentation", 13), kinds.depth(), kinds.normals()]
-    heads = {t.name: AtrousHead(512, c, size, width=64) for t, c in zip(tasks, (13, 1, 3), strict=True)}
+    heads = {t.name: AtrousHead(512, c, size) for t, c in zip(tasks, (13, 1, 3), strict=True)}
     stages = resnet_stages(18)
     targets = {
         "segmentation": torch.randint(0, 13, (images, *size)),
@@ -97,6 +97,7 @@ def plain(setting: Setting) -> Callable[[], None]:
     model, batch = setting.model, setting.batch
 
     def step() -> None:
+        model.zero_grad()
         predictions = model(batch.inputs)
         losses = [task.mean(predictions[task.name], batch.target_of(task))[0] for task in setting.tasks]
         torch.stack(losses).sum().backward()
@@ -107,7 +108,12 @@ def plain(setting: Setting) -> Callable[[], None]:
 def ours(setting: Setting, spec: Any) -> Callable[[], None]:
     """A step of one method."""
     step = Step(setting.model, setting.tasks, make_method(spec, setting.tasks)).to(setting.batch.inputs.device)
-    return lambda: step.backward(setting.batch) and None
+
+    def run() -> None:
+        step.zero_grad()
+        step.backward(setting.batch)
+
+    return run
 
 
 def timed(step: Callable[[], None], device: str) -> float:
@@ -143,14 +149,16 @@ def measure(setting: Setting, rounds: int, device: str) -> list[dict[str, Any]]:
     steps = {"plain": plain(setting)} | {name: ours(setting, spec) for name, (spec, _) in METHODS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        # Gradients exist from here on, so that no step pays for their memory.
         step()
     order = list(steps)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
             seconds[name].append(timed(steps[name], device))
-    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
+    memory = {}
+    for name, step in steps.items():
+        setting.model.zero_grad()
+        memory[name] = peak_bytes(step, device)
     rows = []
     for name, own in seconds.items():
         ratios = [a / b for a, b in zip(own, seconds["equal"], strict=True)]

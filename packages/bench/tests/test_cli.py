@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sidetask_bench import Experiment, ExperimentError, train
+from sidetask_bench import Experiment, ExperimentError, tables, train
 from sidetask_bench.cli import app
 from sidetask_bench.document import presets
 from typer.testing import CliRunner, Result
@@ -25,7 +25,8 @@ def test_train_writes_a_run_and_says_where(sidetask: Callable[..., Result], tiny
     folder = Path("runs/tiny/single/seed5")
     assert str(folder) in done.output
     result = json.loads((folder / "result.json").read_text())
-    assert f"{result['test']['top_left']['accuracy']:.3f}" in done.output
+    accuracy = result["test"]["top_left"]["accuracy"]
+    assert tables.number(accuracy, tables.decimals([accuracy])) in done.output
     assert len((folder / "weights.jsonl").read_text().splitlines()) == 2
     again = sidetask("train", tiny(), "--seed", 5, "--row", "single", *SHORT)
     assert again.exit_code == 0

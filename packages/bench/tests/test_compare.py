@@ -126,7 +126,7 @@ def test_a_baseline_without_results_is_an_error(load: Loader) -> None:
 def test_tables_say_the_same_numbers(load: Loader) -> None:
     comparison = summary(load)
     text = tables.markdown(comparison)
-    for words in ("seg miou ↑", "depth error ↓", "0.500 ± 0.141", "+12.5 ± 5.0", "single (2 of 3 seeds)"):
+    for words in ("seg miou ↑", "depth error ↓", "0.5000 ± 0.1414", "+12.50 ± 5.00", "single (2 of 3 seeds)"):
         assert words in text
     rows = list(csv.DictReader(io.StringIO(tables.csv_text(comparison))))
     (error,) = (row for row in rows if (row["row"], row["metric"]) == ("equal", "error"))
@@ -135,7 +135,7 @@ def test_tables_say_the_same_numbers(load: Loader) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(tables.terminal(comparison))
     shown = console.export_text()
-    assert "+12.5 ± 5.0" in shown
+    assert "+12.50 ± 5.00" in shown
     assert "accuracy" not in shown
 
 

@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from PIL import Image
-from sidetask_bench import plots, records, report
+from sidetask_bench import plots, records, report, tables
 from sidetask_bench.gallery import Gallery, Legend, Picture, Strip
 
 TASKS = {
@@ -88,6 +88,7 @@ def make(folder, rows=("single", "equal", "pcgrad"), seeds=(0, 1, 2), steps=450,
                 "runs": runs,
                 "mean": over(fmean),
                 "std": over(spread),
+                "seconds_per_step": 0.05 * (1 + number),
                 "improvement": {
                     "mean": fmean(values),
                     "std": spread(values),
@@ -238,6 +239,16 @@ def test_the_improvement_follows_its_direction(tmp_path, definition):
     cells = report._improvement_cells(records.load(tmp_path))
     means = [row["improvement"]["mean"] for row in data["rows"]]
     assert [cell.best for cell in cells] == [mean == (max if up else min)(means) for mean in means]
+
+
+def test_report_and_table_show_the_same_numbers(written):
+    _, data, text = written
+    data = data | {"higher_is_better": True, "mixed_versions": {}}
+    lines = [line for line in tables.markdown(data).splitlines() if line.startswith("| ")]
+    in_table = {cell.strip() for line in lines[2:] for cell in line.split("|")[2:-2]}
+    in_report = {cell for table in Page(text).tables for row in table for cell in row}
+    assert len(in_table) > 10
+    assert in_table <= in_report
 
 
 def test_pictures_have_the_size_they_should(written):

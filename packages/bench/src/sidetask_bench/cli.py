@@ -86,7 +86,7 @@ def train(
         table = Table("task", "metric", "test")
         for task, metrics in result["test"].items():
             for metric, value in metrics.items():
-                table.add_row(task, metric, tables.with_deviation(value, None))
+                table.add_row(task, metric, tables.number(value, tables.decimals([value])))
         console.print(table)
         console.print(f"run: {folder}", soft_wrap=True, markup=False, highlight=False)
 

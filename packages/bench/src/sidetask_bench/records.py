@@ -53,6 +53,7 @@ class RowRecord:
     mean: dict[str, dict[str, float]]
     std: dict[str, dict[str, float | None]]
     improvement: dict[str, Any]
+    seconds_per_step: float | None
 
     @property
     def values(self) -> list[float]:
@@ -63,13 +64,6 @@ class RowRecord:
     def is_complete(self) -> bool:
         """Whether the improvement of every seed is defined, and so its mean."""
         return self.improvement["mean"] is not None
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Mean over the seeds; None if a run did not record it."""
-        times = [run.get("seconds_per_step") for run in self.runs]
-        known = [float(time) for time in times if time is not None]
-        return sum(known) / len(known) if known and len(known) == len(times) else None
 
 
 @dataclass(frozen=True)
@@ -128,6 +122,7 @@ def load(folder: Path | str) -> Comparison:
                 row["mean"],
                 row["std"],
                 row["improvement"],
+                row.get("seconds_per_step"),
             )
             for row in data["rows"]
         ]

@@ -152,16 +152,14 @@ def _cells(means: list[float | None], stds: list[float | None], higher: bool) ->
     known = [mean for mean in means if mean is not None]
     if not known:
         return [Cell("–") for _ in means]
-    largest = max(abs(mean) for mean in known)
-    # Four significant digits of the largest, and as many decimals for all: columns line up.
-    decimals = 3 if largest == 0 else min(8, max(0, 3 - math.floor(math.log10(largest))))
+    places = tables.decimals(known)
     best = max(known) if higher else min(known)
     return [
         Cell("–")
         if mean is None
         else Cell(
-            f"{mean:.{decimals}f}",
-            None if std is None else f"{std:.{decimals}f}",
+            tables.number(mean, places),
+            None if std is None else tables.number(std, places),
             mean == best and len(known) > 1,
             mean,
         )
@@ -174,8 +172,10 @@ def _improvement_cells(comparison: Comparison) -> list[Cell]:
     best = choose((fmean(row.values) for row in comparison.rows if row.is_complete), default=None)
     return [
         Cell(
-            _signed(row.improvement["mean"]),
-            None if row.improvement["std"] is None else f"{row.improvement['std']:.2f}",
+            tables.number(row.improvement["mean"], tables.IMPROVEMENT_PLACES, sign=True),
+            None
+            if row.improvement["std"] is None
+            else tables.number(row.improvement["std"], tables.IMPROVEMENT_PLACES),
             fmean(row.values) == best and len(comparison.rows) > 1,
             row.improvement["mean"],
         )
@@ -221,10 +221,6 @@ def _png_uri(pixels: galleries.Pixels) -> str:
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(out, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−") if abs(value) >= 0.005 else "0.00"
 
 
 def _finite(value: Any) -> float | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.table import Table
+
+IMPROVEMENT_PLACES = 2
 
 
 def terminal(comparison: Mapping[str, Any]) -> Table:
@@ -60,17 +63,37 @@ def mixed_versions(mixed: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
     ]
 
 
-def with_deviation(mean: float | None, std: float | None, sign: bool = False) -> str:
-    """A value for people.
+def decimals(values: Iterable[float | None]) -> int:
+    """How many decimals a column of numbers gets: four significant digits of the largest, and as many for all.
 
-    >>> with_deviation(0.51234, 0.0123), with_deviation(31.42, None), with_deviation(2.5, 0.25, sign=True)
-    ('0.512 ± 0.012', '31.4', '+2.50 ± 0.25')
+    >>> decimals([0.51234, None]), decimals([31.4, 2.0]), decimals([1234.5]), decimals([])
+    (4, 2, 0, 3)
     """
-    if mean is None:
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
+    return 3 if largest == 0 else min(8, max(0, 3 - math.floor(math.log10(largest))))
+
+
+def number(value: float | None, places: int, *, sign: bool = False) -> str:
+    """A value for people, with so many decimals; a dash for None.
+
+    >>> number(0.51234, 3), number(-2.5, 2), number(2.5, 2, sign=True), number(-0.001, 2, sign=True), number(None, 1)
+    ('0.512', '−2.50', '+2.50', '0.00', '–')
+    """
+    if value is None:
         return "–"
-    digits = 3 if abs(mean) < 1 else 2 if abs(mean) < 10 else 1
-    shown = f"{mean:+.{digits}f}" if sign else f"{mean:.{digits}f}"
-    return shown if std is None else f"{shown} ± {std:.{digits}f}"
+    if round(value, places) == 0:
+        return f"{0:.{places}f}"
+    return (f"{value:+.{places}f}" if sign else f"{value:.{places}f}").replace("-", "−")
+
+
+def with_deviation(mean: float | None, std: float | None, places: int, *, sign: bool = False) -> str:
+    """A mean and, if there is one, its standard deviation.
+
+    >>> with_deviation(0.51234, 0.0123, 3), with_deviation(31.42, None, 1)
+    ('0.512 ± 0.012', '31.4')
+    """
+    shown = number(mean, places, sign=sign)
+    return shown if mean is None or std is None else f"{shown} ± {number(std, places)}"
 
 
 def _cells(comparison: Mapping[str, Any], headline: bool) -> tuple[list[str], list[list[str]]]:
@@ -83,13 +106,17 @@ def _cells(comparison: Mapping[str, Any], headline: bool) -> tuple[list[str], li
     head = ["", *(f"{task} {metric}{arrows[higher]}" for task, metric, higher in columns)]
     head += [f"improvement %{arrows[comparison['higher_is_better']]}", "ms/step"]
     wanted = max(len(row["runs"]) for row in comparison["rows"])
+    places = [decimals(row["mean"][task][metric] for row in comparison["rows"]) for task, metric, _ in columns]
     rows = []
     for row in comparison["rows"]:
         seeds = len(row["runs"])
         name = row["name"] if seeds == wanted else f"{row['name']} ({seeds} of {wanted} seeds)"
-        cells = [with_deviation(row["mean"][task][metric], row["std"][task][metric]) for task, metric, _ in columns]
+        cells = [
+            with_deviation(row["mean"][task][metric], row["std"][task][metric], count)
+            for (task, metric, _), count in zip(columns, places, strict=True)
+        ]
         change = row["improvement"]
-        cells.append(with_deviation(change["mean"], change["std"], sign=True))
+        cells.append(with_deviation(change["mean"], change["std"], IMPROVEMENT_PLACES, sign=True))
         rows.append([name, *cells, f"{1000 * row['seconds_per_step']:.1f}"])
     return head, rows
 

@@ -110,9 +110,17 @@ def standardise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return scaled.sub_(shift).div_(scale)
 
 
+def lengths(vectors: Tensor) -> Tensor:
+    """Lengths along dimension 1, which stays: ``[n, 3, *]`` to ``[n, 1, *]``.
+
+    `torch.linalg.vector_norm` over so short a dimension took forty times as long on the CPU.
+    """
+    return vectors.square().sum(dim=1, keepdim=True).sqrt()
+
+
 def unit(vectors: Tensor) -> Tensor:
     """``[n, 3, H, W]`` at length 1; the zero vector, which means unlabelled, stays zero."""
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return vectors / lengths(vectors).clamp(min=1e-12)
 
 
 def pack_depth(metres: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from sidetask_datasets.columns import lengths
+
 _NAN = float("nan")
 
 
@@ -116,10 +118,10 @@ def angles(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     truth = target.double()
     guess = prediction.double()
-    length = truth.norm(dim=1)
+    length = lengths(truth)[:, 0]
     a = truth / length.clamp(min=1e-12).unsqueeze(1)
-    b = guess / guess.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    return torch.rad2deg(2.0 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))), length > 0
+    b = guess / lengths(guess).clamp(min=1e-12)
+    return torch.rad2deg(2.0 * torch.atan2(lengths(a - b)[:, 0], lengths(a + b)[:, 0])), length > 0
 
 
 class MeanAngle(Metric):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from sidetask_bench import Experiment, ExperimentError, load_run, runtime, train
+from sidetask_bench import Experiment, ExperimentError, evaluate, load_run, runtime, train
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.progress import ConsoleDisplay, describe
 from sidetask_bench.storage import StepLog
@@ -87,6 +87,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not(
         ["method=graddrop", "training.clip=0.5", "training.accumulate=2"],
         ["method={encoder: pcgrad}", "training.precision=bfloat16"],
         ["network.cut=0", "training.optimizer=adamw", "training.select=last"],
+        ["network.cut=0"],
     ],
     ids=lambda changes: changes[0],
 )
@@ -232,6 +233,19 @@ def test_the_best_epoch_by_validation_is_tested(load: Loader, tmp_path: Path) ->
             right = (predictions[task.name].argmax(1) == batch.targets[task.name]).double().mean().item()
             assert result["test"][task.name]["accuracy"] == pytest.approx(right, abs=1e-6)
         assert config.training.select == select
+
+
+def test_tasks_that_share_nothing_are_tested_at_their_own_best_epochs(load: Loader, tmp_path: Path) -> None:
+    result = train(load("network.cut=0", "training.epochs=4").run(None, 0), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for task, epoch in result["epoch"].items():
+        values = [line["validation"][task]["accuracy"] for line in lines]
+        assert epoch == values.index(max(values))
+    config, dataset, model = load_run(tmp_path / "run")
+    assert set(result["epoch"]) == set(result["score"]) == {task.name for task in dataset.tasks}
+    validation = evaluate(model, dataset.tasks, dataset.validation, config.training.batch_size)
+    for task, epoch in result["epoch"].items():
+        assert validation[task] == lines[epoch]["validation"][task]
 
 
 def test_a_diverging_run_names_task_and_iteration(load: Loader, tmp_path: Path) -> None:

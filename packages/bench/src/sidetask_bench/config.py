@@ -119,8 +119,9 @@ class Training:
     `batch_size` is what one optimizer step sees over all processes, before `accumulate` multiplies it: gradients of
     `accumulate` micro-batches are averaged. `clip` bounds the norm of the whole gradient. `device: auto` is CUDA
     where there is one. `deterministic` asks CUDA for repeatable kernels; on the CPU they are repeatable anyway.
-    `select: best` tests the epoch with the best validation score (`sidetask_bench.evaluate.score`), `last` the last
-    one. A checkpoint is written after every epoch, and every `checkpoint_every` optimizer steps if given.
+    `select: best` tests the epoch with the best validation score (`sidetask_bench.evaluate.score`), and of tasks that
+    share no parameter each one's own best (`sidetask_bench.selection`); `last` tests the last one.
+    A checkpoint is written after every epoch, and every `checkpoint_every` optimizer steps if given.
     """
 
     epochs: int = limited(10, minimum=1)

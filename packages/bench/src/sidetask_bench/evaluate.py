@@ -64,15 +64,19 @@ def score(results: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> 
     >>> round(after - before, 3)
     0.1
     """
-    logarithms = []
-    for task in tasks:
-        if task.primary and task.metrics:
-            name, metric = next(iter(task.metrics.items()))
-            value = results[task.name][name]
-            if math.isnan(value):
-                return -math.inf
-            logarithms.append(math.log(max(value, 1e-6)) * (1 if metric.higher_is_better else -1))
+    logarithms = [task_score(results, task) for task in tasks if task.primary and task.metrics]
     return sum(logarithms) / len(logarithms) if logarithms else -math.inf
+
+
+def task_score(results: Mapping[str, Mapping[str, float]], task: Task) -> float:
+    """One task's part of `score`, primary or not; without a metric, minus infinity."""
+    if not task.metrics:
+        return -math.inf
+    name, metric = next(iter(task.metrics.items()))
+    value = results[task.name][name]
+    if math.isnan(value):
+        return -math.inf
+    return math.log(max(value, 1e-6)) * (1 if metric.higher_is_better else -1)
 
 
 @contextlib.contextmanager

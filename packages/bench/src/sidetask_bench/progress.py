@@ -87,8 +87,12 @@ class ConsoleDisplay(Display):
 
     def finished(self, name: str, result: Mapping[str, Any]) -> None:
         """Print a line that stays."""
-        epoch = result["epoch"] + 1
-        line = f"{name}: {result['seconds']:.0f} s, tested after epoch {epoch}"
+        chosen = result["epoch"]
+        if isinstance(chosen, Mapping):
+            epochs = ", ".join(f"{epoch + 1} ({task})" for task, epoch in chosen.items())
+        else:
+            epochs = str(chosen + 1)
+        line = f"{name}: {result['seconds']:.0f} s, tested after epoch {epochs}"
         self.console.print(line, markup=False, highlight=False)
 
 

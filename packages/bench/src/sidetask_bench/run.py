@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +27,14 @@ from sidetask_bench.document import dump
 from sidetask_bench.evaluate import evaluate, score
 from sidetask_bench.progress import Display
 from sidetask_bench.schema import ExperimentError, plain
+from sidetask_bench.selection import Selection
 from sidetask_bench.trainer import Trainer
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
 
 _FILES = ("config.yaml", "metrics.jsonl", "weights.jsonl", "checkpoint.pt", "best.pt", "result.json")
-_FORMAT = 1
+_FORMAT = 2
 _FLUSH_SECONDS = 0.5
 
 
@@ -136,7 +136,9 @@ class _Run:
         self.weights = storage.Journal(folder / "weights.jsonl")
         self.log = storage.StepLog(self.weights)
         self.trainer = Trainer(config, data, device)
-        self.best_epoch, self.best_score = -1, -math.inf
+        self.selection = Selection(
+            folder / "best.pt", self.trainer.step.model, data.tasks, config.training.select == "best"
+        )
         self.seconds = self.epoch_seconds = 0.0
         self.name = config.label
         self._restore()
@@ -188,14 +190,7 @@ class _Run:
             model, tasks = trainer.step.model, self.data.tasks
             validation = evaluate(model, tasks, self.data.validation, self._batch_size())
             value = score(validation, tasks)
-            chosen = value > self.best_score if training.select == "best" else False
-            # Also under "best", for a validation split that never gave a score.
-            last = epoch + 1 == training.epochs and self.best_epoch < 0
-            if chosen or last:
-                self.best_epoch, self.best_score = epoch, value
-                storage.write_tensors(
-                    self.folder / "best.pt", {"model": model.state_dict(), "epoch": epoch, "score": value}
-                )
+            self.selection.offer(epoch, validation, last=epoch + 1 == training.epochs)
             record = {"epoch": epoch, "losses": losses, "validation": validation, "score": value, "lr": rate}
             self.metrics.append({**record, "seconds": round(self.epoch_seconds, 3)})
         self.epoch_seconds = 0.0
@@ -243,8 +238,7 @@ class _Run:
             "trainer": state,
             "metrics": self.metrics.size(),
             "weights": self.weights.size(),
-            "best_epoch": self.best_epoch,
-            "best_score": self.best_score,
+            "selection": self.selection.state(),
             "seconds": self.seconds,
             "epoch_seconds": self.epoch_seconds,
         }
@@ -262,5 +256,5 @@ class _Run:
         if "trainer" not in record:
             return
         self.trainer.load_state(record["trainer"])
-        self.best_epoch, self.best_score = record["best_epoch"], record["best_score"]
+        self.selection.load_state(record["selection"])
         self.seconds, self.epoch_seconds = record["seconds"], record["epoch_seconds"]

@@ -1,4 +1,5 @@
 import pytest
+import sidetask_datasets  # noqa: F401 -- before any test module imports torchmetrics, which imports torchvision
 import torch
 
 

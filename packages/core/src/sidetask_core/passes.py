@@ -175,7 +175,7 @@ class Passes:
         """Every task's gradient at the features of `domain`, unscaled ``[tasks of the domain, D]``."""
         if domain.gradients is None:
             cut = domain.cut
-            matrix = _zeros(len(domain.tasks), cut.below)
+            matrix = _matrix(len(domain.tasks), cut.below)
             for row, t in zip(matrix, domain.tasks, strict=True):
                 own, at_cut = self.head(t)
                 branch = self.branch_of[t]
@@ -196,10 +196,11 @@ class Passes:
         """
         if self._parameters is None:
             sizes = [p.numel() for p in self.shared]
-            matrix = _zeros(len(self.losses), self.shared)
+            matrix = _matrix(len(self.losses), self.shared)
             used = torch.zeros(len(self.shared), dtype=torch.int32)
             for domain in self.domains:
                 if not domain.cut.above:
+                    matrix[domain.tasks] = 0
                     continue
                 for row, t in zip(self.feature_gradients(domain), domain.tasks, strict=True):
                     # Scaled before it is cast to the features' type, which might be float16.
@@ -229,16 +230,18 @@ def vector_jacobian(
     return list(torch.autograd.grad(reached, wanted, at_them, retain_graph=retain, allow_unused=True))
 
 
-def _zeros(rows: int, columns: Sequence[Tensor]) -> Tensor:
-    """A matrix with a column for every element of `columns`, in at least single precision."""
+def _matrix(rows: int, columns: Sequence[Tensor]) -> Tensor:
+    """An unfilled matrix with a column for every element of `columns`, in at least single precision."""
     widest = max((tensor.dtype for tensor in columns), key=lambda dtype: dtype.itemsize)
     dtype = widest if widest.itemsize >= 4 else torch.float32
-    return torch.zeros(rows, sum(tensor.numel() for tensor in columns), dtype=dtype, device=columns[0].device)
+    return torch.empty(rows, sum(tensor.numel() for tensor in columns), dtype=dtype, device=columns[0].device)
 
 
 def _fill(row: Tensor, gradients: Gradients, sizes: Sequence[int]) -> None:
     for place, gradient in zip(row.split(sizes), gradients, strict=True):
-        if gradient is not None:
+        if gradient is None:
+            place.zero_()
+        else:
             place.copy_(gradient.flatten())
 
 

@@ -214,19 +214,18 @@ def main() -> None:
     name = f"CPU, {options.threads} threads" if on_cpu else torch.cuda.get_device_name()
     versions = f"torch {torch.__version__.split('+')[0]}; Python {platform.python_version()}"
     head = f"{name}; {versions}; {options.rounds} rounds"
-    results, tables = [], []
     for column, build in enumerate((dense, classification)):
         if options.setting not in (None, build.__name__):
             continue
         rows = measure(build(options.device), options.rounds, options.device)
-        tables.append(table(rows, column))
-        print(tables[-1], end="\n\n", flush=True)
-        results += rows
-    if options.write:
-        stem = Path(__file__).parent / "results" / f"step_cost-{'cpu' if on_cpu else name.lower().replace(' ', '-')}"
-        stem.parent.mkdir(exist_ok=True)
-        stem.with_suffix(".md").write_text(f"# Cost of a step\n\n{head}\n\n" + "\n\n".join(tables) + "\n")
-        stem.with_suffix(".json").write_text(json.dumps({"where": head, "rows": results}, indent=1) + "\n")
+        text = f"{table(rows, column)}\n\n{head}\n"
+        print(text, flush=True)
+        if options.write:
+            device = "cpu" if on_cpu else name.lower().replace(" ", "-")
+            stem = Path(__file__).parent / "results" / f"step_cost-{device}-{build.__name__}"
+            stem.parent.mkdir(exist_ok=True)
+            stem.with_suffix(".md").write_text(text)
+            stem.with_suffix(".json").write_text(json.dumps({"where": head, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
     on_cpu = options.device == "cpu"
-    name = f"CPU, {options.threads} threads" if on_cpu else torch.cuda.get_device_name()
+    name = f"CPU, {options.threads} thread{'s' * (options.threads > 1)}" if on_cpu else torch.cuda.get_device_name()
     versions = f"torch {torch.__version__.split('+')[0]}; Python {platform.python_version()}"
     head = f"{name}; {versions}; {options.rounds} rounds"
     for column, build in enumerate((dense, classification)):

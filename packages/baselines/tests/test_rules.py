@@ -11,28 +11,6 @@ from sidetask_core.testing import batches, problem, squared, tiny_tasks, train
 from torch import nn
 
 
-class Given:
-    """Signals with given values."""
-
-    def __init__(
-        self, losses=(1.0, 1.0, 1.0), gradients=None, features=None, iteration=0, epoch=0, labelled=(True, True, True)
-    ):
-        self.tasks = ("a", "b", "c")
-        self.labelled = torch.tensor(labelled)
-        self.losses = torch.tensor(losses, dtype=torch.float64)
-        self._gradients, self._features = gradients, features
-        self.iteration, self.epoch = iteration, epoch
-
-    def gradients(self, at):
-        return self._gradients
-
-    def gramian(self, at):
-        return self._gradients @ self._gradients.T
-
-    def features(self):
-        return self._features
-
-
 def gradients(seed=0, count=3, size=8):
     return torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -49,9 +27,9 @@ def test_entry_points_are_found_and_known_to_core():
         assert isinstance(plugins.make_method({"name": name, **options}, TASKS), Method)
 
 
-def test_uncertainty_settles_where_the_variance_is_the_loss():
+def test_uncertainty_settles_where_the_variance_is_the_loss(given):
     rule = Uncertainty(TASKS).double()
-    signals = Given((0.1, 2.0, 30.0))
+    signals = given((0.1, 2.0, 30.0))
     optimizer = torch.optim.LBFGS(rule.parameters(), max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15)
 
     def closure():
@@ -75,7 +53,7 @@ def test_uncertainty_trains_network_and_variances_on_one_objective():
         torch.testing.assert_close(p.grad, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_dwa_by_hand():
+def test_dwa_by_hand(given):
     rule = DWA(TASKS)
     epochs = [
         [(4.0, 4.0, 4.0), (2.0, 4.0, 0.0)],
@@ -83,7 +61,7 @@ def test_dwa_by_hand():
         [(9.0, 9.0, 9.0)] * 2,
         [(1.0,) * 3],
     ]
-    found = [[rule(Given(losses, epoch=e)) for losses in steps] for e, steps in enumerate(epochs)]
+    found = [[rule(given(losses, epoch=e)) for losses in steps] for e, steps in enumerate(epochs)]
     for step in (*found[0], *found[1]):
         assert step.tolist() == [1, 1, 1]
     for step, ratios in zip(
@@ -94,27 +72,27 @@ def test_dwa_by_hand():
         assert step.sum() == pytest.approx(3)
 
 
-def test_dwa_counts_steps_or_epochs():
+def test_dwa_counts_steps_or_epochs(given):
     by_step, by_epoch = DWA(TASKS, window=2), DWA(TASKS)
     for i in range(8):
         losses = (1.0 + i, 2.0, 3.0 / (1 + i))
-        a, b = by_step(Given(losses, iteration=i)), by_epoch(Given(losses, epoch=i // 2))
+        a, b = by_step(given(losses, iteration=i)), by_epoch(given(losses, epoch=i // 2))
         assert torch.equal(a, b)
 
 
-def test_dwa_averages_over_the_steps_with_labels():
+def test_dwa_averages_over_the_steps_with_labels(given):
     """A constant loss stands still, however many batches have labels."""
     rule = DWA(TASKS)
     for epoch, labelled in enumerate([(1, 1, 0, 0), (1, 0, 0, 0), (1,)]):
         for has in labelled:
             losses = (2.0, 3.0 if has else 0.0, 1.0)
-            weights = rule(Given(losses, epoch=epoch, labelled=(True, bool(has), True)))
+            weights = rule(given(losses, epoch=epoch, labelled=(True, bool(has), True)))
     torch.testing.assert_close(weights, torch.ones(3, dtype=torch.float64))
 
 
-def test_uncertainty_of_a_task_without_labels_stays():
+def test_uncertainty_of_a_task_without_labels_stays(given):
     rule = Uncertainty(TASKS)
-    rule.objective(Given((1.0, 0.0, 1.0), labelled=(True, False, True))).backward()
+    rule.objective(given((1.0, 0.0, 1.0), labelled=(True, False, True))).backward()
     assert rule.log_variance.grad[1] == 0
     assert rule.log_variance.grad[0] != 0
 
@@ -133,82 +111,82 @@ def test_a_task_without_labels_is_as_if_it_were_not_there(name, how):
         torch.testing.assert_close(whole.model.get_parameter(key).grad, p.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_pcgrad_refuses_what_is_not_finite_and_passes_over_what_has_no_length():
+def test_pcgrad_refuses_what_is_not_finite_and_passes_over_what_has_no_length(given):
     bad = gradients()
     bad[0, 0] = math.nan
     with pytest.raises(SolverFailure, match="not finite"):
-        PCGrad(TASKS)(Given(gradients=bad))
+        PCGrad(TASKS)(given(gradients=bad))
     tiny = torch.tensor([[1e4, 0.0], [-1e-24, 0.0], [0.0, 1.0]], dtype=torch.float32)
-    assert PCGrad(TASKS)(Given(gradients=tiny)).isfinite().all()
+    assert PCGrad(TASKS)(given(gradients=tiny)).isfinite().all()
 
 
-def test_dwa_of_a_task_without_loss_stands_still():
+def test_dwa_of_a_task_without_loss_stands_still(given):
     rule = DWA(TASKS, window=1)
     for i in range(3):
-        weights = rule(Given((1.0, 0.0, 1.0), iteration=i))
+        weights = rule(given((1.0, 0.0, 1.0), iteration=i))
     torch.testing.assert_close(weights, torch.ones(3, dtype=torch.float64))
 
 
-def test_rlw_weights_are_positive_sum_to_the_tasks_and_change():
+def test_rlw_weights_are_positive_sum_to_the_tasks_and_change(given):
     rule, paper = RLW(TASKS, seed=1), RLW(TASKS, seed=1, scale="paper")
-    first, second = rule(Given()), rule(Given())
+    first, second = rule(given()), rule(given())
     assert (first > 0).all()
     assert first.sum() == pytest.approx(3)
     assert not torch.equal(first, second)
-    torch.testing.assert_close(3 * paper(Given()), first)
+    torch.testing.assert_close(3 * paper(given()), first)
 
 
-def test_rlw_is_the_softmax_of_standard_normals():
+def test_rlw_is_the_softmax_of_standard_normals(given):
     rule = RLW(TASKS)
-    logs = torch.stack([rule(Given()).log() for _ in range(4000)])
+    logs = torch.stack([rule(given()).log() for _ in range(4000)])
     differences = (logs[:, 0] - logs[:, 1]).double()
     assert differences.mean().abs() < 0.1
     assert differences.std() == pytest.approx(math.sqrt(2), rel=0.05)
 
 
 @pytest.mark.parametrize("normalization", ["none", "norm", "loss", "loss+"])
-def test_mgda_normalizes_before_comparing_and_scales_to_the_sum(normalization):
+def test_mgda_normalizes_before_comparing_and_scales_to_the_sum(normalization, given):
     g, losses = gradients() * torch.tensor([[1.0], [10.0], [0.1]]), (0.5, 4.0, 2.0)
     divisor = torch.ones(3, dtype=torch.float64)
     if "loss" in normalization:
         divisor = torch.tensor(losses, dtype=torch.float64)
     if normalization in ("norm", "loss+"):
         divisor = divisor * g.norm(dim=1)
-    w = MGDA(TASKS, normalization=normalization)(Given(losses, g)) / 3
+    w = MGDA(TASKS, normalization=normalization)(given(losses, g)) / 3
     assert w.sum() == pytest.approx(1)
     scaled = g / divisor[:, None]
     p = w @ scaled
     miss = (scaled @ p - p @ p) / (p @ p)
     assert miss.min() > -1e-6
     assert miss[w > 1e-12].abs().max() < 1e-6
-    paper = MGDA(TASKS, normalization=normalization, scale="paper")(Given(losses, g))
+    paper = MGDA(TASKS, normalization=normalization, scale="paper")(given(losses, g))
     torch.testing.assert_close(paper, w)
 
 
-def test_mgda_with_normalized_gradients_ignores_the_scale_of_a_loss():
+def test_mgda_with_normalized_gradients_ignores_the_scale_of_a_loss(given):
     g = gradients()
     stretched = g * torch.tensor([[1.0], [100.0], [1.0]])
-    a, b = (MGDA(TASKS, normalization="norm")(Given(gradients=x)) for x in (g, stretched))
+    a, b = (MGDA(TASKS, normalization="norm")(given(gradients=x)) for x in (g, stretched))
     torch.testing.assert_close(a, b)
 
 
-def test_cagrad_is_in_the_sum_convention():
+def test_cagrad_is_in_the_sum_convention(given):
     g = gradients()
-    torch.testing.assert_close(CAGrad(TASKS, c=0.0)(Given(gradients=g)), torch.ones(3, dtype=torch.float64))
-    plain, rescaled = (CAGrad(TASKS, rescale=r)(Given(gradients=g)) for r in (False, True))
+    torch.testing.assert_close(CAGrad(TASKS, c=0.0)(given(gradients=g)), torch.ones(3, dtype=torch.float64))
+    plain, rescaled = (CAGrad(TASKS, rescale=r)(given(gradients=g)) for r in (False, True))
     torch.testing.assert_close(plain, rescaled * 1.16)
-    a, b = (CAGrad(TASKS)(Given(gradients=x)) for x in (g, 7 * g))
+    a, b = (CAGrad(TASKS)(given(gradients=x)) for x in (g, 7 * g))
     torch.testing.assert_close(a, b)
 
 
-def test_pcgrad_leaves_agreeing_gradients_alone():
+def test_pcgrad_leaves_agreeing_gradients_alone(given):
     g = gradients().abs()
-    assert PCGrad(TASKS)(Given(gradients=g)).tolist() == [1, 1, 1]
+    assert PCGrad(TASKS)(given(gradients=g)).tolist() == [1, 1, 1]
 
 
-def test_pcgrad_draws_another_order_in_every_step():
+def test_pcgrad_draws_another_order_in_every_step(given):
     rule, g = PCGrad(TASKS), gradients(seed=3) - 0.3
-    found = {tuple(rule(Given(gradients=g)).tolist()) for _ in range(20)}
+    found = {tuple(rule(given(gradients=g)).tolist()) for _ in range(20)}
     assert len(found) > 1
 
 
@@ -229,9 +207,9 @@ def test_features_and_parameters_agree_behind_an_orthogonal_encoder():
         torch.testing.assert_close(weights[0], weights[1], rtol=1e-8, atol=1e-8)
 
 
-def test_graddrop_keeps_one_sign_per_coordinate_and_all_of_it():
+def test_graddrop_keeps_one_sign_per_coordinate_and_all_of_it(given):
     g = gradients(count=3, size=1000)
-    out = GradDrop(TASKS, at="parameters")(Given(gradients=g))
+    out = GradDrop(TASKS, at="parameters")(given(gradients=g))
     positive, negative = g.clamp(min=0).sum(0), g.clamp(max=0).sum(0)
     kept_positive = torch.isclose(out, positive)
     assert (kept_positive | torch.isclose(out, negative)).all()
@@ -239,25 +217,25 @@ def test_graddrop_keeps_one_sign_per_coordinate_and_all_of_it():
     assert not kept_positive.all()
 
 
-def test_graddrop_draws_the_positive_sign_in_proportion_to_its_purity():
+def test_graddrop_draws_the_positive_sign_in_proportion_to_its_purity(given):
     g = torch.tensor([[3.0], [-1.0], [0.0]], dtype=torch.float64)
     rule = GradDrop(TASKS, at="parameters")
-    outs = torch.stack([rule(Given(gradients=g)) for _ in range(4000)])
+    outs = torch.stack([rule(given(gradients=g)) for _ in range(4000)])
     assert set(outs.flatten().tolist()) == {3.0, -1.0}
     assert (outs == 3).double().mean().item() == pytest.approx(0.75, abs=0.03)
 
 
-def test_graddrop_leaks():
+def test_graddrop_leaks(given):
     g = gradients()
-    whole = GradDrop(TASKS, at="parameters", leak=dict.fromkeys("abc", 1.0))(Given(gradients=g))
+    whole = GradDrop(TASKS, at="parameters", leak=dict.fromkeys("abc", 1.0))(given(gradients=g))
     torch.testing.assert_close(whole, g.sum(0))
 
 
-def test_graddrop_at_features_shares_a_draw_over_the_batch():
+def test_graddrop_at_features_shares_a_draw_over_the_batch(given):
     """All samples of a feature keep or drop a task together, by the sign of the batch sum of sign(z) · g."""
     z = gradients(seed=5, count=4, size=6)
     g = gradients(seed=6, count=3, size=24)
-    out = GradDrop(TASKS)(Given(gradients=g, features=[z])).view(4, 6)
+    out = GradDrop(TASKS)(given(gradients=g, features=[z])).view(4, 6)
     per_sample = g.view(3, 4, 6)
     wants = (z.sign() * per_sample).sum(1)
     up = (per_sample * (wants > 0)[:, None]).sum(0)

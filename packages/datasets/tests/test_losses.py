@@ -42,7 +42,7 @@ def case(request):
 
 def test_losses_come_per_element_and_are_not_negative(case):
     task, prediction, target, shape = case
-    found, mask = task.elements(prediction, target)
+    ((found, mask),) = task.elements(prediction, target)
     assert found.shape == shape
     assert mask is None or mask.shape == shape
     assert (found > -1e-6).all()
@@ -77,9 +77,9 @@ def test_no_label_at_all_gives_zero(case):
 def test_half_precision_predictions_are_scored_in_single_precision(case):
     task, prediction, target, _ = case
     rounded = prediction.bfloat16()
-    found, _ = task.elements(rounded, target)
+    ((found, _),) = task.elements(rounded, target)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, task.elements(rounded.float(), target)[0], rtol=0, atol=0)
+    torch.testing.assert_close(found, task.elements(rounded.float(), target)[0][0], rtol=0, atol=0)
 
 
 def test_values_by_hand():

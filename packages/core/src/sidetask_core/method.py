@@ -78,14 +78,28 @@ class Combiner(Rule):
 
 
 class Shaper(nn.Module):
-    """A rule that weighs the elements of one task's loss before their masked mean."""
+    """A rule that weighs the elements of one task's loss before their masked mean.
 
-    def forward(self, losses: Tensor, target: Any) -> Tensor:
-        """Weights that broadcast to the element losses ``[N, *]``.
+    Its parameters, if it has any, are trained by the user's optimizer on its `objective`.
 
-        The mean's denominator stays the number of labelled elements, so that ones reproduce the plain mean.
+    Attributes:
+        elementwise: whether it needs one loss per element. Without, it weighs whole objectives, and a loss that is a
+            scalar will do.
+    """
+
+    elementwise = True
+
+    def forward(self, losses: Any, target: Any) -> Any:
+        """Weights that broadcast to the element losses ``[N, *]``; called without gradient.
+
+        Of a task with several objectives, `losses` maps each to its element losses, and so must the weights. The
+        mean's denominator stays the number of labelled elements, so that ones reproduce the plain mean.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it weighs the elements")
+
+    def objective(self, signals: Signals) -> Tensor | None:
+        """The scalar that trains this shaper's own parameters with the user's optimizer; None without any."""
+        return None
 
 
 class Augment(Protocol):

@@ -98,7 +98,7 @@ class Passes:
         self.domain_of: list[Domain] = []
         self.branch_of: list[Branch | None] = [None] * len(tasks)
         self.own: list[list[nn.Parameter]] = [[] for _ in tasks]
-        self.elements: list[tuple[Tensor, Tensor | None] | None] = [None] * len(tasks)
+        self.elements: list[list[tuple[Tensor, Tensor | None]] | None] = [None] * len(tasks)
         self._forward(model, tasks, batch, shapers)
         one = torch.ones((), dtype=self.losses[0].dtype, device=self.losses[0].device)
         self.scaled = scaler is not None and scaler.is_enabled()
@@ -121,23 +121,28 @@ class Passes:
         self.domains = list(by_input.values())
         read = [feature for domain in self.domains for feature in self._branches(model, tasks, domain)]
         order = [t for domain in self.domains for t in domain.tasks]
-        sums: list[Tensor] = []
+        sums: list[list[Tensor]] = []
         counts: list[Tensor] = []
         for t, task in enumerate(tasks):
             features = read[order.index(t)]
             if targets[t] is None:
-                total = count = _zero_like(features)
+                summed = [(zero := _zero_like(features), zero)] * max(1, len(task.objectives))
             else:
-                losses, mask = task.elements(model.heads[task.name](features), targets[t])
-                self.elements[t] = (losses.detach(), mask)
+                elements = task.elements(model.heads[task.name](features), targets[t])
+                self.elements[t] = [(losses.detach(), mask) for losses, mask in elements]
                 if task.name in shapers:
-                    losses = _shaped(task, shapers[task.name], losses, targets[t])
-                total, count = masked_sum(losses, mask)
-            sums.append(total)
-            counts.append(count)
-        everywhere = parallel.add(torch.stack([count.to(sums[0]) for count in counts]))
-        self.labelled = everywhere > 0
-        self.losses = [total / count for total, count in zip(sums, everywhere.clamp(min=1).unbind(), strict=True)]
+                    elements = _shaped(task, shapers[task.name], elements, targets[t])
+                summed = [masked_sum(losses, mask) for losses, mask in elements]
+            sums.append([total for total, _ in summed])
+            counts += [count for _, count in summed]
+        everywhere = parallel.add(torch.stack([count.to(sums[0][0]) for count in counts]))
+        of_tasks = everywhere.split([len(totals) for totals in sums])
+        self.labelled = torch.stack([(some > 0).any() for some in of_tasks])
+        means = [
+            [total / count for total, count in zip(totals, some.clamp(min=1).unbind(), strict=True)]
+            for totals, some in zip(sums, of_tasks, strict=True)
+        ]
+        self.losses = [some[0] if len(some) == 1 else torch.stack(some).sum() for some in means]
 
     def _branches(self, model: SplitModel, tasks: Sequence[Task], domain: Domain) -> list[Any]:
         """What each task's head reads, in the order of the domain's tasks; every branch is computed once."""
@@ -251,15 +256,28 @@ def _zero_like(features: Any) -> Tensor:
     return zero if zero.dtype == torch.float64 else zero.float()
 
 
-def _shaped(task: Task, shaper: nn.Module, losses: Tensor, target: Any) -> Tensor:
-    if losses.ndim == 0:
+def _shaped(
+    task: Task, shaper: nn.Module, elements: list[tuple[Tensor, Tensor | None]], target: Any
+) -> list[tuple[Tensor, Tensor | None]]:
+    names = task.objectives
+    if shaper.elementwise and any(x.ndim == 0 for x, _ in elements):
         raise ValueError(
             f"task {task.name!r} has a shaper, which needs one loss per element, but its loss returned a "
             "scalar; use reduction='none'"
         )
-    weights = shaper(losses.detach(), target)
+    losses: Any = dict(zip(names, (x.detach() for x, _ in elements), strict=True)) if names else elements[0][0].detach()
+    with torch.no_grad():
+        weights = shaper(losses, target)
+    if names and (not isinstance(weights, Mapping) or set(weights) != set(names)):
+        have = ", ".join(weights) if isinstance(weights, Mapping) else type(weights).__name__
+        raise TypeError(f"the shaper of task {task.name!r} must return weights for {', '.join(names)}; found {have}")
+    each = [weights[name] for name in names] if names else [weights]
+    return [(_weighed(task, x, w), mask) for (x, mask), w in zip(elements, each, strict=True)]
+
+
+def _weighed(task: Task, losses: Tensor, weights: Tensor) -> Tensor:
     try:
-        shaped = losses * weights
+        shaped = losses * weights.to(losses)
         if shaped.shape != losses.shape:
             raise RuntimeError("the weights are larger than the losses")
     except RuntimeError as error:

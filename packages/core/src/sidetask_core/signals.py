@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sidetask_core import parallel
 from sidetask_core.passes import Passes
-from sidetask_core.task import MissingKey, Task, _listed
+from sidetask_core.task import MissingKey, Task, _listed, masked_sum
 
 Place = Literal["features", "parameters"]
 
@@ -56,24 +56,47 @@ class Signals:
         losses = passes.losses
         self.losses = parallel.add(torch.stack([loss.detach().to(losses[0]) for loss in losses]))
 
-    def elements(self, task: str) -> tuple[Tensor, Tensor]:
+    def elements(self, task: str, objective: str | None = None) -> tuple[Tensor, Tensor]:
         """Element losses of one task before shaping ``[N, *]`` and the mask of labelled ones; of this process.
 
         Raises:
+            MissingKey: for an unknown task, or an objective it does not have; one of several must be named.
             ValueError: if the task's loss is a scalar, or the batch has no label for it.
         """
-        if task not in self.tasks:
-            raise MissingKey(f"there is no task {task!r}; the tasks are: {_listed(self.tasks)}")
-        found = self._passes.elements[self.tasks.index(task)]
+        t = self._index(task)
+        names = tuple(self._tasks[t].objectives)
+        if objective not in (names or (None,)):
+            raise MissingKey(f"task {task!r} has no objective {objective!r}; its objectives are: {_listed(names)}")
+        found = self._passes.elements[t]
         if found is None:
             raise ValueError(f"task {task!r} has no label in this batch, so there are no element losses")
-        losses, mask = found
+        losses, mask = found[names.index(objective) if objective is not None else 0]
         if losses.ndim == 0:
             raise ValueError(
                 f"the element losses of task {task!r} were asked for, but its loss returned a scalar; "
                 "use reduction='none'"
             )
         return losses, torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+
+    def objectives(self, task: str) -> tuple[Tensor, Tensor]:
+        """The masked mean of each objective of one task before shaping ``[K]``, and which of them have labels ``[K]``.
+
+        Over all processes, and in the order of the task's objectives; a task without any has one, its loss.
+        """
+        t = self._index(task)
+        found = self._passes.elements[t]
+        if found is None:
+            summed = self.losses.new_zeros(2, max(1, len(self._tasks[t].objectives)))
+        else:
+            pairs = [torch.stack(masked_sum(losses, mask)).to(self.losses) for losses, mask in found]
+            summed = torch.stack(pairs, dim=1)
+        totals, counts = parallel.add(summed)
+        return totals / counts.clamp(min=1), counts > 0
+
+    def _index(self, task: str) -> int:
+        if task not in self.tasks:
+            raise MissingKey(f"there is no task {task!r}; the tasks are: {_listed(self.tasks)}")
+        return self.tasks.index(task)
 
     def norms(self, at: Place) -> Tensor:
         """Norm of every task's gradient ``[T]``, at the shared features or over the shared parameters."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
 from sidetask_core.combine import Combined, Weights, accumulate, combine
-from sidetask_core.method import Combiner, Method, Rule, Weighting
+from sidetask_core.method import Combiner, Method, Rule, Shaper, Weighting
 from sidetask_core.passes import Passes
 from sidetask_core.signals import Overflow, Signals, StepFailure
 from sidetask_core.split import SplitModel
@@ -156,8 +156,15 @@ class Step(nn.Module):
 
     def rule_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of rules that the caller's optimizer trains; usually without weight decay."""
-        for rule in self.rules():
+        for rule in self._trained():
             yield from rule.parameters()
+
+    def _trained(self) -> Iterator[Rule | Shaper]:
+        """Whatever may have an objective of its own."""
+        yield from self.rules()
+        for shaper in self.shapers.values():
+            assert isinstance(shaper, Shaper)
+            yield shaper
 
     def export(self) -> SplitModel:
         """The network of the primary tasks, nothing else; modules are shared with this step's model."""
@@ -272,7 +279,7 @@ class Step(nn.Module):
 
     def _rule_gradients(self, signals: Signals) -> dict[nn.Parameter, Tensor]:
         gradients: dict[nn.Parameter, Tensor] = {}
-        for rule in self.rules():
+        for rule in self._trained():
             parameters = [p for p in rule.parameters() if p.requires_grad]
             with torch.enable_grad():
                 objective = rule.objective(signals)

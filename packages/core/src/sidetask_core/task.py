@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -42,9 +42,11 @@ class Task:
     Args:
         name: unique among the tasks of a model; the key of its head. Not empty, without a dot.
         loss: ``loss(prediction, target)``, *unreduced*: a tensor ``[N, *]`` of element losses. A 0-dim
-            tensor is accepted as a ready mean; a shaper then refuses the task by name.
+            tensor is accepted as a ready mean, whose elements cannot be weighed.
         valid: ``valid(target)`` gives a boolean mask of the labelled elements: the shape of the loss, or
             its leading dimensions only (``[N]`` rules whole samples in or out). None: everything is labelled.
+        objectives: names of the parts of a loss that is a sum: `loss` then returns a mapping from each of them to its
+            element losses, and the task's loss is the sum of their masked means. Empty: the loss is one tensor.
         metrics: name to metric, the headline metric first; read by evaluation, never by a step.
         primary: False for an auxiliary task, which exists to help and is not deployed.
         target: key of its labels in ``batch.targets``; its own name if None.
@@ -52,22 +54,26 @@ class Task:
             keys are the multi-domain (many-to-many) setting.
 
     Raises:
-        ValueError: for a name that cannot be a module's name.
+        ValueError: for a name that cannot be a module's name, or objectives that are not names.
         TypeError: for a loss or mask that cannot be called.
 
     >>> task = Task("depth", loss=lambda p, y: (p - y).abs(), valid=lambda y: y > 0, primary=False)
     >>> loss, count = task.mean(torch.tensor([1.0, 5.0]), torch.tensor([3.0, 0.0]))
     >>> loss.item(), count.item()
     (2.0, 1.0)
+    >>> both = Task("box", loss=lambda p, y: {"l1": (p - y).abs(), "l2": (p - y) ** 2}, objectives=("l1", "l2"))
+    >>> both.mean(torch.tensor([1.0, 5.0]), torch.tensor([3.0, 5.0]))[0].item()
+    3.0
     """
 
     name: str
-    loss: Callable[[Any, Any], Tensor]
+    loss: Callable[[Any, Any], Tensor | Mapping[str, Tensor]]
     valid: Callable[[Any], Tensor] | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     primary: bool = True
     target: str | None = None
     input: str | None = None
+    objectives: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or "." in self.name:
@@ -76,48 +82,68 @@ class Task:
             raise TypeError(f"task {self.name!r}: loss must be callable as loss(prediction, target), not {self.loss!r}")
         if self.valid is not None and not callable(self.valid):
             raise TypeError(f"task {self.name!r}: valid must be callable as valid(target), not {self.valid!r}")
+        names = list(self.objectives)
+        if isinstance(self.objectives, str) or len(set(names)) < len(names) or not all(names):
+            raise ValueError(f"task {self.name!r}: objectives are distinct names, not {self.objectives!r}")
 
-    def elements(self, prediction: Any, target: Any) -> tuple[Tensor, Tensor | None]:
-        """Element losses and the mask of the labelled ones, expanded to the shape of the losses.
+    def elements(self, prediction: Any, target: Any) -> list[tuple[Tensor, Tensor | None]]:
+        """Element losses and the mask of the labelled ones, expanded to their shape: a pair for every objective.
 
-        The loss never sees what the mask rules out: those targets are replaced by a labelled one (in tensors, and in
-        tensors within tuples, lists and dicts), so that a NaN or an out-of-range class id that marks a missing label
-        can neither raise nor reach a gradient.
+        A task without objectives has one pair. The loss never sees what the mask rules out: those targets are replaced
+        by a labelled one (in tensors, and in tensors within tuples, lists and dicts), so that a NaN or an out-of-range
+        class id that marks a missing label can neither raise nor reach a gradient.
         """
         if self.valid is None:
-            return self._call_loss(prediction, target), None
+            return [(losses, None) for losses in self._call_loss(prediction, target)]
         mask = self.valid(target)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             found = f"{mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"task {self.name!r}: valid(target) must return a boolean tensor, found {found}")
-        losses = self._call_loss(prediction, _fill_unlabelled(target, mask))
+        return [
+            (losses, self._fit(mask, losses)) for losses in self._call_loss(prediction, _fill_unlabelled(target, mask))
+        ]
+
+    def mean(self, prediction: Any, target: Any) -> tuple[Tensor, Tensor]:
+        """The masked mean of the element losses and how many elements it is over.
+
+        Of several objectives, the sum of their means and the number of all elements. Without a labelled element the
+        mean is 0, and so is its gradient.
+        """
+        sums = [masked_sum(losses, mask) for losses, mask in self.elements(prediction, target)]
+        means = [total / count.clamp(min=1) for total, count in sums]
+        return torch.stack(means).sum(), torch.stack([count for _, count in sums]).sum()
+
+    def _call_loss(self, prediction: Any, target: Any) -> list[Tensor]:
+        found = self.loss(prediction, target)
+        if self.objectives:
+            if not isinstance(found, Mapping) or set(found) != set(self.objectives):
+                have = _listed(found) if isinstance(found, Mapping) else type(found).__name__
+                raise TypeError(
+                    f"task {self.name!r}: loss must return a mapping of its objectives, {_listed(self.objectives)}; "
+                    f"found {have}"
+                )
+            tensors = [found[name] for name in self.objectives]
+        else:
+            tensors = [cast(Tensor, found)]
+        for losses in tensors:
+            if not isinstance(losses, Tensor):
+                raise TypeError(f"task {self.name!r}: loss must return a tensor, found {type(losses).__name__}")
+        # Sums over many elements and everything a rule reads want at least single precision.
+        return [losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses for losses in tensors]
+
+    def _fit(self, mask: Tensor, losses: Tensor) -> Tensor:
         if losses.ndim == 0:
             raise ValueError(
                 f"task {self.name!r}: valid needs one loss per element, but the loss returned a scalar; "
                 "use reduction='none'"
             )
         try:
-            return losses, _append_dims(mask, losses.ndim).expand_as(losses)
+            return _append_dims(mask, losses.ndim).expand_as(losses)
         except RuntimeError as error:
             raise ValueError(
                 f"task {self.name!r}: the mask of labelled elements {list(mask.shape)} does not fit "
                 f"the losses {list(losses.shape)}"
             ) from error
-
-    def mean(self, prediction: Any, target: Any) -> tuple[Tensor, Tensor]:
-        """The masked mean of the element losses and how many elements it is over.
-
-        Without a labelled element (or with ``target=None``) the mean is 0, and so is its gradient.
-        """
-        total, count = masked_sum(*self.elements(prediction, target))
-        return total / count.clamp(min=1), count
-
-    def _call_loss(self, prediction: Any, target: Any) -> Tensor:
-        losses = self.loss(prediction, target)
-        if not isinstance(losses, Tensor):
-            raise TypeError(f"task {self.name!r}: loss must return a tensor, found {type(losses).__name__}")
-        # Sums over many elements and everything a rule reads want at least single precision.
-        return losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses
 
 
 def masked_sum(losses: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -123,13 +123,20 @@ def brute_force(
     for task, above, below in zip(tasks, encoder, decoder, strict=True):
         prediction = model(batch.input_of(task))[task.name]
         target = batch.target_of(task)
-        losses, mask = task.elements(prediction, target)
-        mask = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
-        shaped = losses * shapers[task.name](losses.detach(), target) if shapers and task.name in shapers else losses
-        loss = shaped[mask].sum() / mask.sum().clamp(min=1)
-        for name, p, g in zip(names, parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        elements = task.elements(prediction, target)
+        each = dict(zip(task.objectives or [""], (losses.detach() for losses, _ in elements), strict=True))
+        weights = dict.fromkeys(each, 1.0)
+        if shapers and task.name in shapers:
+            found = shapers[task.name](each if task.objectives else each[""], target)
+            weights = found if task.objectives else {"": found}
+        loss = torch.zeros((), dtype=elements[0][0].dtype)
+        for name, (losses, mask) in zip(each, elements, strict=True):
+            shaped = losses * weights[name]
+            mask = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+            loss = loss + shaped[mask].sum() / mask.sum().clamp(min=1)
+        for key, p, g in zip(names, parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if g is not None:
-                total[name] += g * (above if id(p) in shared else below).to(g)
+                total[key] += g * (above if id(p) in shared else below).to(g)
     return total
 
 

@@ -21,6 +21,7 @@ from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task, masked_sum
 
 Gradients = list[Tensor | None]
+Elements = list[tuple[Tensor, Tensor | None]]
 
 
 class Cut:
@@ -98,7 +99,7 @@ class Passes:
         self.domain_of: list[Domain] = []
         self.branch_of: list[Branch | None] = [None] * len(tasks)
         self.own: list[list[nn.Parameter]] = [[] for _ in tasks]
-        self.elements: list[list[tuple[Tensor, Tensor | None]] | None] = [None] * len(tasks)
+        self.elements: list[Elements | None] = [None] * len(tasks)
         self._forward(model, tasks, batch, shapers)
         one = torch.ones((), dtype=self.losses[0].dtype, device=self.losses[0].device)
         self.scaled = scaler is not None and scaler.is_enabled()
@@ -121,28 +122,15 @@ class Passes:
         self.domains = list(by_input.values())
         read = [feature for domain in self.domains for feature in self._branches(model, tasks, domain)]
         order = [t for domain in self.domains for t in domain.tasks]
-        sums: list[list[Tensor]] = []
-        counts: list[Tensor] = []
+        sums = []
         for t, task in enumerate(tasks):
             features = read[order.index(t)]
-            if targets[t] is None:
-                summed = [(zero := _zero_like(features), zero)] * max(1, len(task.objectives))
-            else:
+            elements = None
+            if targets[t] is not None:
                 elements = task.elements(model.heads[task.name](features), targets[t])
                 self.elements[t] = [(losses.detach(), mask) for losses, mask in elements]
-                if task.name in shapers:
-                    elements = _shaped(task, shapers[task.name], elements, targets[t])
-                summed = [masked_sum(losses, mask) for losses, mask in elements]
-            sums.append([total for total, _ in summed])
-            counts += [count for _, count in summed]
-        everywhere = parallel.add(torch.stack([count.to(sums[0][0]) for count in counts]))
-        of_tasks = everywhere.split([len(totals) for totals in sums])
-        self.labelled = torch.stack([(some > 0).any() for some in of_tasks])
-        means = [
-            [total / count for total, count in zip(totals, some.clamp(min=1).unbind(), strict=True)]
-            for totals, some in zip(sums, of_tasks, strict=True)
-        ]
-        self.losses = [some[0] if len(some) == 1 else torch.stack(some).sum() for some in means]
+            sums.append(_sums(task, elements, features, targets[t], shapers))
+        self.losses, self.labelled = _means(sums)
 
     def _branches(self, model: SplitModel, tasks: Sequence[Task], domain: Domain) -> list[Any]:
         """What each task's head reads, in the order of the domain's tasks; every branch is computed once."""
@@ -250,15 +238,57 @@ def _fill(row: Tensor, gradients: Gradients, sizes: Sequence[int]) -> None:
             place.copy_(gradient.flatten())
 
 
+def losses_of(
+    model: SplitModel, tasks: Sequence[Task], batch: Batch, shapers: Mapping[str, nn.Module]
+) -> tuple[list[Tensor], Tensor]:
+    """The tasks' losses, this process's shares as in `Passes`, and which are labelled; over a graph without cuts."""
+    inputs = [batch.input_of(task) for task in tasks]
+    targets = [batch.target_of(task) for task in tasks]
+    features: dict[int, Any] = {}
+    predictions: dict[str, Any] = {}
+    for one in inputs:
+        if id(one) not in features:
+            features[id(one)] = model.encode(one)
+            riders = [
+                task.name for task, x, y in zip(tasks, inputs, targets, strict=True) if x is one and y is not None
+            ]
+            predictions |= model.decode(features[id(one)], riders)
+    sums = []
+    for task, one, target in zip(tasks, inputs, targets, strict=True):
+        elements = None if target is None else task.elements(predictions[task.name], target)
+        sums.append(_sums(task, elements, features[id(one)], target, shapers))
+    return _means(sums)
+
+
+def _sums(
+    task: Task, elements: Elements | None, features: Any, target: Any, shapers: Mapping[str, nn.Module]
+) -> list[tuple[Tensor, Tensor]]:
+    """Sum and number of the labelled elements of each objective, zeros if the batch has no label for the task."""
+    if elements is None:
+        return [(zero := _zero_like(features), zero)] * max(1, len(task.objectives))
+    if task.name in shapers:
+        elements = _shaped(task, shapers[task.name], elements, target)
+    return [masked_sum(losses, mask) for losses, mask in elements]
+
+
+def _means(sums: Sequence[list[tuple[Tensor, Tensor]]]) -> tuple[list[Tensor], Tensor]:
+    """This process's shares of the tasks' losses, and which tasks have a label on any process ``[T]``."""
+    counts = torch.stack([count.to(sums[0][0][0]) for some in sums for _, count in some])
+    of_tasks = parallel.add(counts).split([len(some) for some in sums])
+    losses = []
+    for some, everywhere in zip(sums, of_tasks, strict=True):
+        means = [total / n for (total, _), n in zip(some, everywhere.clamp(min=1).unbind(), strict=True)]
+        losses.append(means[0] if len(means) == 1 else torch.stack(means).sum())
+    return losses, torch.stack([(everywhere > 0).any() for everywhere in of_tasks])
+
+
 def _zero_like(features: Any) -> Tensor:
     """A loss of zero beside `features`, for a task that the batch has no label for."""
     zero = next(x for x in tree_flatten(features)[0] if isinstance(x, Tensor)).new_zeros(())
     return zero if zero.dtype == torch.float64 else zero.float()
 
 
-def _shaped(
-    task: Task, shaper: nn.Module, elements: list[tuple[Tensor, Tensor | None]], target: Any
-) -> list[tuple[Tensor, Tensor | None]]:
+def _shaped(task: Task, shaper: nn.Module, elements: Elements, target: Any) -> Elements:
     names = task.objectives
     if shaper.elementwise and any(x.ndim == 0 for x, _ in elements):
         raise ValueError(

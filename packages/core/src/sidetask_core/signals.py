@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,21 @@ class StepFailure(ArithmeticError):
 
 class Overflow(ArithmeticError):
     """Gradients left the range of float16 under a GradScaler; the step is filled so that the scaler skips it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the last update did to its own batch: each ``[T]``, over all processes.
+
+    Attributes:
+        before: the losses of the previous step.
+        after: the losses of the same batch under the parameters of now.
+        labelled: False for tasks without any label in it, whose losses are zero.
+    """
+
+    before: Tensor
+    after: Tensor
+    labelled: Tensor
 
 
 class Signals:
@@ -44,7 +61,14 @@ class Signals:
         epoch: the epoch the training loop set on the step.
     """
 
-    def __init__(self, tasks: Sequence[Task], passes: Passes, iteration: int, epoch: int) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        passes: Passes,
+        iteration: int,
+        epoch: int,
+        progress: Callable[[], Progress | None] = lambda: None,
+    ) -> None:
         self.tasks = tuple(task.name for task in tasks)
         self.primary = torch.tensor([task.primary for task in tasks])
         self.iteration = iteration
@@ -52,6 +76,7 @@ class Signals:
         self._tasks = tuple(tasks)
         self._passes = passes
         self._gramians: dict[str, Tensor] = {}
+        self._progress = functools.cache(progress)
         self.labelled = passes.labelled
         losses = passes.losses
         self.losses = parallel.add(torch.stack([loss.detach().to(losses[0]) for loss in losses]))
@@ -143,6 +168,15 @@ class Signals:
         """The shared features, detached: the tensors that `gradients("features")` flattens and joins, in order."""
         self._one_domain()
         return [tensor.detach() for tensor in self._passes.domains[0].cut.below]
+
+    def progress(self) -> Progress | None:
+        """The losses of the previous step's batch, then and now; None in a first step.
+
+        Costs a forward pass without gradient over that batch, of which a copy is kept from step to step once this was
+        asked for. What stands between the two losses is whatever the caller did to the parameters, nothing at all while
+        gradients accumulate. A step that failed leaves none to the next.
+        """
+        return self._progress()
 
     def _one_domain(self) -> None:
         domains = self._passes.domains

@@ -81,6 +81,15 @@ def test_an_absent_task_keeps_its_logit_and_has_no_weight(given):
     assert rule(given((0.0,) * 3, labelled=(False,) * 3)).tolist() == [0, 0, 0]
 
 
+def test_without_an_update_in_between_nothing_is_learned(given):
+    rule = FAMO(TASKS)
+    rule(given(progress=progress((2.0, 2.0, 2.0), (1.0, 1.5, 2.0))))
+    state = {name: value.clone() for name, value in rule.state_dict().items() if isinstance(value, torch.Tensor)}
+    rule(given(progress=progress((2.0, 2.0, 2.0), (2.0, 2.0, 2.0))))
+    for name, value in state.items():
+        assert torch.equal(rule.state_dict()[name], value), name
+
+
 def test_losses_of_zero_stay_finite(given):
     rule = FAMO(TASKS)
     weights = rule(given((0.0, 1.0, 1e6), progress=progress((1.0, 0.0, 1e-6), (0.0, 1.0, 1e6))))

@@ -54,7 +54,8 @@ class FAMO(Weighting):
         progress = signals.progress()
         if progress is not None:
             fell = (progress.before + EPSILON).log() - (progress.after + EPSILON).log()
-            there = progress.labelled
+            # While gradients accumulate there is no update to judge, and nothing falls.
+            there = progress.labelled & (progress.before != progress.after).any()
             shares = _softmax(self.logits, there)
             gradient = shares * (fell - (shares * torch.where(there, fell, 0.0)).sum())
             self.logits = self.adam(self.logits, gradient, there)

@@ -174,7 +174,8 @@ class Signals:
 
         Costs a forward pass without gradient over that batch, of which a copy is kept from step to step once this was
         asked for. What stands between the two losses is whatever the caller did to the parameters, nothing at all while
-        gradients accumulate. A step that failed leaves none to the next.
+        gradients accumulate. A step that failed leaves none to the next, and neither does a resume under several
+        processes unless each loads a state of its own.
         """
         return self._progress()
 

@@ -193,7 +193,7 @@ def test_a_task_that_comes_late_starts_from_its_own_first_loss(given):
     for losses, labelled in (((8.0, 0.0, 2.0), (True, False, True)), ((4.0, 5.0, 1.0), (True, True, True))):
         rule(given(losses, g * torch.tensor(labelled)[:, None], labelled=labelled))
     assert rule.initial.tolist() == [8, 5, 2]
-    assert rule.updates.tolist() == [2, 1, 2]
+    assert rule.adam.updates.tolist() == [2, 1, 2]
 
 
 def test_a_loss_that_does_not_start_positive_counts_from_its_first_positive_value(given):
@@ -228,8 +228,8 @@ def test_a_negative_loss_counts_as_training_at_the_mean_rate(given):
 def test_a_zero_gradient_does_not_push(given):
     rule = GradNorm(TASKS)
     rule(given(gradients=along((0.0, 1.0, 1.0))))
-    assert rule.first_moment[0] == 0
-    assert (rule.first_moment[1:] > 0).all()
+    assert rule.adam.first[0] == 0
+    assert (rule.adam.first[1:] > 0).all()
     assert rule.weights.isfinite().all()
 
 
@@ -239,7 +239,7 @@ def test_a_step_that_overflows_does_not_end_the_weights(given):
     rule(given(gradients=along((math.inf, 2.0, 3.0))))
     rule(given((math.inf, 1.0, 1.0), along((1.0, 2.0, 3.0))))
     assert all(buffer.isfinite().all() for buffer in rule.buffers())
-    assert rule.updates.tolist() == [1, 3, 3]
+    assert rule.adam.updates.tolist() == [1, 3, 3]
 
 
 def test_decoders_can_be_left_unweighted():

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from sidetask_core import Method, Place, Signals, Task, Weighting
+from sidetask_core.adam import Adam
 from torch import Tensor
 
 FLOOR = 1e-6
-BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class GradNorm(Weighting):
@@ -45,9 +45,6 @@ class GradNorm(Weighting):
 
     weights: Tensor
     initial: Tensor
-    first_moment: Tensor
-    second_moment: Tensor
-    updates: Tensor
 
     def __init__(
         self, tasks: Sequence[Task], *, at: Place = "parameters", alpha: float = 1.5, lr: float = 0.025
@@ -57,14 +54,11 @@ class GradNorm(Weighting):
             raise ValueError(f"at must be 'features' or 'parameters', not {at!r}")
         if not alpha >= 0:
             raise ValueError(f"alpha must be at least 0, not {alpha}")
-        if not lr > 0:
-            raise ValueError(f"lr must be positive, not {lr}")
         self.at: Place = at
         self.alpha = alpha
-        self.lr = lr
+        self.adam = Adam(len(self.tasks), lr=lr)
         self.register_buffer("weights", torch.ones(len(self.tasks), dtype=torch.float64))
-        for name in ("initial", "first_moment", "second_moment", "updates"):
-            self.register_buffer(name, torch.zeros(len(self.tasks), dtype=torch.float64))
+        self.register_buffer("initial", torch.zeros(len(self.tasks), dtype=torch.float64))
 
     def forward(self, signals: Signals) -> Tensor:
         """Weights ``[T]``, positive, that sum to T."""
@@ -90,18 +84,8 @@ class GradNorm(Weighting):
 
     def _adapted(self, weights: Tensor, gradient: Tensor, present: Tensor) -> Tensor:
         """The weights after a step of Adam on those present, whose sum stays."""
-        first, second, updates = (
-            getattr(self, name).to(weights) for name in ("first_moment", "second_moment", "updates")
-        )
-        # Each task counts its own updates, so that one which comes later starts like any other.
-        updates = updates + present
-        first = torch.where(present, BETAS[0] * first + (1 - BETAS[0]) * gradient, first)
-        second = torch.where(present, BETAS[1] * second + (1 - BETAS[1]) * gradient.square(), second)
-        step = first / (1 - BETAS[0] ** updates) / ((second / (1 - BETAS[1] ** updates)).sqrt() + EPS)
-        moved = torch.where(present, (weights - self.lr * step).clamp(min=FLOOR), 0.0)
+        moved = torch.where(present, self.adam(weights, gradient, present).clamp(min=FLOOR), 0.0)
         total = len(self.tasks) - torch.where(present, 0.0, weights).sum()
-        for name, value in (("first_moment", first), ("second_moment", second), ("updates", updates)):
-            self._keep(name, value)
         return torch.where(present, moved * (total / moved.sum()), weights)
 
     def _keep(self, name: str, value: Tensor) -> None:

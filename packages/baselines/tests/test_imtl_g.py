@@ -107,13 +107,14 @@ def between(shortest):
     return np.stack([np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 0.0]), shortest * middle / np.linalg.norm(middle)])
 
 
-def test_a_negative_common_projection_is_turned_round_unless_the_paper_is_asked_for(weigh):
+def test_a_negative_common_projection_is_turned_round_if_asked_for(weigh):
     g = between(0.1)
-    ours, paper = weigh(g), weigh(g, scale="paper")
-    assert ours.sum() == pytest.approx(-3)
-    assert paper.sum() == pytest.approx(1)
-    assert (g @ (ours @ g) > 0).all()
+    paper, descending = weigh(g), weigh(g, descend=True)
+    assert paper.sum() == pytest.approx(3)
     assert (g @ (paper @ g) < 0).all()
+    np.testing.assert_array_equal(descending, -paper)
+    agreeing = between(3.0)
+    np.testing.assert_array_equal(weigh(agreeing, descend=True), weigh(agreeing))
 
 
 def test_weights_that_sum_to_zero_are_refused(weigh):

@@ -26,6 +26,7 @@ class IMTL(IMTLG):
         at: ``"features"`` (the paper, one backward pass) or ``"parameters"``.
         scale: of the weights α: they sum to the number of tasks that have a gradient (``"sum"``) or, as in the paper,
             to 1 (``"paper"``).
+        descend: as in `IMTLG`.
         losses: the rule that scales the losses; a new one by default.
 
     Raises:
@@ -34,9 +35,15 @@ class IMTL(IMTLG):
     """
 
     def __init__(
-        self, tasks: Sequence[Task], *, at: Place = "features", scale: str = "sum", losses: IMTLL | None = None
+        self,
+        tasks: Sequence[Task],
+        *,
+        at: Place = "features",
+        scale: str = "sum",
+        descend: bool = False,
+        losses: IMTLL | None = None,
     ) -> None:
-        super().__init__(tasks, at=at, scale=scale)
+        super().__init__(tasks, at=at, scale=scale, descend=descend)
         self.losses = IMTLL(tasks) if losses is None else losses
         if self.losses.tasks != self.tasks:
             raise ValueError(f"losses scales the tasks {', '.join(self.losses.tasks)}, not {', '.join(self.tasks)}")
@@ -55,7 +62,9 @@ class IMTL(IMTLG):
         return self.losses.objective(signals)
 
 
-def imtl(tasks: Sequence[Task], *, at: Place = "features", scale: str = "sum", init: float = 0.0) -> Method:
+def imtl(
+    tasks: Sequence[Task], *, at: Place = "features", scale: str = "sum", descend: bool = False, init: float = 0.0
+) -> Method:
     """IMTL: IMTL-L's scales for task-specific parameters, and IMTL-G on top of them for the shared ones."""
     losses = IMTLL(tasks, init=init)
-    return Method(encoder=IMTL(tasks, at=at, scale=scale, losses=losses), decoder=losses)
+    return Method(encoder=IMTL(tasks, at=at, scale=scale, descend=descend, losses=losses), decoder=losses)

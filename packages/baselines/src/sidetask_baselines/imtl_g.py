@@ -27,14 +27,14 @@ class IMTLG(CosineWeighting):
     A gradient of zero has no direction; its weight is zero, and the other tasks are weighted as if it were not there.
 
     The equations allow the common projection to be negative, and then a step raises *every* loss. That happens where
-    gradients differ much in length and are close to linearly dependent. The weights sum to a negative number here in
-    such a case, so that the step descends; ``scale="paper"`` keeps to the equations.
+    gradients differ much in length and are close to linearly dependent; `descend` turns such a step round.
 
     Args:
         tasks: the tasks.
         at: ``"features"`` (the paper, one backward pass) or ``"parameters"``.
         scale: weights sum to the number of tasks that have a gradient (``"sum"``) or, as in the paper, to 1
             (``"paper"``).
+        descend: where the common projection is negative, take the weights times −1, which the paper does not.
 
     Raises:
         ValueError: for an unknown place or scale.
@@ -42,20 +42,22 @@ class IMTLG(CosineWeighting):
             to 1.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, at: Place = "features", scale: str = "sum") -> None:
+    def __init__(
+        self, tasks: Sequence[Task], *, at: Place = "features", scale: str = "sum", descend: bool = False
+    ) -> None:
         super().__init__(tasks, at=at)
         self.scale = check_scale(scale)
+        self.descend = descend
 
     def solve_unit(self, cosines: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Weights ``[P]`` of the tasks whose gradients have a length."""
-        weights = equal_projections(cosines, lengths, self.eps)
-        return weights / weights.sum() if self.scale == "paper" else total_weight("sum", len(weights)) * weights
+        weights = total_weight(self.scale, len(lengths)) * equal_projections(cosines, lengths, self.eps)
+        uphill = self.descend and (cosines @ (weights * lengths)).mean() < 0
+        return -weights if uphill else weights
 
 
 def equal_projections(cosines: np.ndarray, lengths: np.ndarray, eps: float = float(np.finfo(float).eps)) -> np.ndarray:
-    """Weights whose combination has the same projection, at least zero, on every gradient.
-
-    They sum to 1, or to −1 where the projection would be negative otherwise.
+    """Weights that sum to 1 and whose combination has the same projection on every gradient.
 
     Args:
         cosines: between the gradients ``[T, T]``.
@@ -83,12 +85,12 @@ def equal_projections(cosines: np.ndarray, lengths: np.ndarray, eps: float = flo
     if miss > max(TOLERANCE, np.sqrt(tolerance)) * abs(projections.mean()) + tolerance * np.abs(x).sum():
         raise SolverFailure("the combined gradient's projections differ between tasks", cosines)
     weights = x * inverse
-    total = abs(weights.sum())
-    if total <= TOLERANCE * np.abs(weights).sum():
+    total = weights.sum()
+    if abs(total) <= TOLERANCE * np.abs(weights).sum():
         raise SolverFailure("the weights with equal projections sum to zero, and cannot be scaled to sum to 1", cosines)
     return weights / total
 
 
-def imtl_g(tasks: Sequence[Task], *, at: Place = "features", scale: str = "sum") -> Method:
+def imtl_g(tasks: Sequence[Task], *, at: Place = "features", scale: str = "sum", descend: bool = False) -> Method:
     """IMTL-G for the shared parameters; task-specific ones keep their own gradients, as in the paper."""
-    return Method(encoder=IMTLG(tasks, at=at, scale=scale), decoder=Equal(tasks))
+    return Method(encoder=IMTLG(tasks, at=at, scale=scale, descend=descend), decoder=Equal(tasks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from sidetask_core.passes import Passes
 from sidetask_core.task import MissingKey, Task, _listed, masked_sum
 
 Place = Literal["features", "parameters"]
+Mode = Literal["exact", "difference", "one-sided"]
+# What a rule's weights weigh, by the slots it fills: the encoder, branches and heads, or all parameters.
+Part = Literal["shared", "specific", "all"]
 
 
 class StepFailure(ArithmeticError):
@@ -59,6 +62,8 @@ class Signals:
             which says nothing about the task: a rule should treat it as absent.
         iteration: index of this step since training began.
         epoch: the epoch the training loop set on the step.
+        part: the parameters whose gradients the rule weighs that is asked now: ``"shared"``, ``"specific"`` or
+            ``"all"``, by the slots it fills.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Signals:
         iteration: int,
         epoch: int,
         progress: Callable[[], Progress | None] = lambda: None,
+        lookahead: Callable[..., Tensor] | None = None,
     ) -> None:
         self.tasks = tuple(task.name for task in tasks)
         self.primary = torch.tensor([task.primary for task in tasks])
@@ -77,6 +83,8 @@ class Signals:
         self._passes = passes
         self._gramians: dict[str, Tensor] = {}
         self._progress = functools.cache(progress)
+        self._lookahead = lookahead
+        self.part: Part = "all"
         self.labelled = passes.labelled
         losses = passes.losses
         self.losses = parallel.add(torch.stack([loss.detach().to(losses[0]) for loss in losses]))
@@ -178,6 +186,38 @@ class Signals:
         processes unless each loads a state of its own.
         """
         return self._progress()
+
+    def lookahead(self, weights: Tensor, *, mode: Mode = "exact", among: Sequence[str] | None = None) -> Tensor:
+        """d(validation loss after the step) / d(weight of each task in the step), ``[T]``, over all processes.
+
+        The step is the one that the optimizer would take with `weights` on the parameters that the rule weighs
+        (`part`); the loss is the unweighted sum over the primary tasks, on the batch given as `validation`. With v its
+        gradient there and α the learning rate, the derivative is −α ⟨v, ∇L_t⟩ (Liu et al., "Auto-λ", TMLR 2022).
+
+        Costs one more backward pass over the encoder (none if the step itself has these weights), a forward and a
+        backward pass over the validation batch, and what the mode costs. BatchNorm statistics and random state do not
+        notice, and dropout draws what it drew in the step.
+
+        Args:
+            weights: of the tasks in the step ``[T]``.
+            mode: ``"exact"``, by one forward-mode derivative of the encoder, about two forward passes of it;
+                ``"difference"``, by two more forward passes of everything; ``"one-sided"``, by one.
+            among: the tasks whose derivatives are wanted; all if None. Others get zero, and tasks with inputs of their
+                own are not encoded for it.
+
+        Raises:
+            ValueError: if the step was given no validation batch or no optimizer, or for an unknown mode.
+            MissingKey: for an unknown task.
+            NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
+        """
+        if mode not in get_args(Mode):
+            raise ValueError(f"the modes of a lookahead are {_listed(get_args(Mode))}; not {mode!r}")
+        if self._lookahead is None:
+            raise ValueError(
+                "this method looks ahead and needs step.backward(batch, validation=a_batch, optimizer=the_optimizer)"
+            )
+        chosen = range(len(self.tasks)) if among is None else [self._index(task) for task in among]
+        return self._finite(self._lookahead(weights, self.part, mode, frozenset(chosen)))
 
     def _one_domain(self) -> None:
         domains = self._passes.domains

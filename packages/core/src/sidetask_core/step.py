@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from sidetask_core import parallel
 from sidetask_core.aside import aside
 from sidetask_core.combine import Combined, Weights, accumulate, combine
+from sidetask_core.lookahead import Lookahead
 from sidetask_core.method import Combiner, Method, Rule, Shaper, Weighting
 from sidetask_core.passes import Passes, losses_of
 from sidetask_core.signals import Overflow, Progress, Signals, StepFailure
@@ -186,11 +187,20 @@ class Step(nn.Module):
         """The network of the primary tasks, nothing else; modules are shared with this step's model."""
         return self.model.restricted_to([task.name for task in self.tasks if task.primary])
 
-    def backward(self, batch: Batch, *, scaler: torch.amp.GradScaler | None = None) -> Report:
+    def backward(
+        self,
+        batch: Batch,
+        *,
+        validation: Batch | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Report:
         """Run the model on a batch and add every parameter's gradient to its `.grad`.
 
         Args:
             batch: inputs and labels of this process.
+            validation: inputs and labels of the batch that methods which look ahead want to do well on.
+            optimizer: what will take the step, read by such methods.
             scaler: as in ``scaler.scale(loss).backward()``: gradients come out scaled, for
                 ``scaler.step(optimizer)``; rules see unscaled signals.
 
@@ -201,9 +211,15 @@ class Step(nn.Module):
             MissingKey: for a task whose input or target the batch lacks.
         """
         with functorch_config.patch(donated_buffer=False):
-            return self._backward(batch, scaler)
+            return self._backward(batch, validation, optimizer, scaler)
 
-    def _backward(self, batch: Batch, scaler: torch.amp.GradScaler | None) -> Report:
+    def _backward(
+        self,
+        batch: Batch,
+        validation: Batch | None,
+        optimizer: torch.optim.Optimizer | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> Report:
         with torch.enable_grad():
             passes = Passes(self.model, self.tasks, batch, dict(self.shapers.items()), scaler)
         kind = passes.losses[0].device.type
@@ -211,7 +227,12 @@ class Step(nn.Module):
         last, self._last = self._last, None
         with torch.autocast(kind, enabled=False), torch.no_grad():
             progress = functools.partial(self._progress, last, ambient)
-            signals = Signals(self.tasks, passes, self.iteration, self.epoch, progress)
+            lookahead = None
+            if validation is not None and optimizer is not None:
+                shapers = dict(self.shapers.items())
+                ahead = Lookahead(self.model, self.tasks, batch, shapers, ambient, validation, optimizer)
+                lookahead = functools.partial(ahead.derivative, passes)
+            signals = Signals(self.tasks, passes, self.iteration, self.epoch, progress, lookahead)
             self._check_finite(signals.losses)
             try:
                 weights = self._weigh(signals)
@@ -298,6 +319,8 @@ class Step(nn.Module):
     def _weigh(self, signals: Signals) -> Weights:
         encoder = torch.ones_like(signals.losses)
         combined: Combined | None = None
+        both = self.decoder is None or self.decoder is self.encoder
+        signals.part = "all" if both else "shared"
         if isinstance(self.encoder, Combiner):
             combined = self._combined(self.encoder, signals)
         elif self.encoder is not None:
@@ -305,6 +328,7 @@ class Step(nn.Module):
         if self.decoder is None or self.decoder is self.encoder:
             decoder = encoder
         else:
+            signals.part = "specific"
             decoder = self._weights_of(self.decoder, signals)
         return Weights(encoder, decoder, combined)
 

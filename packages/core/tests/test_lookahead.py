@@ -426,9 +426,7 @@ def test_an_operator_without_forward_derivative_is_named():
     torch.manual_seed(0)
     model = SplitModel(Distances(), {name: nn.Linear(6, 2) for name in "abc"}).double()
     tasks, given = tiny_tasks(), {"validation": batches(2)[1], "optimizer": sgd(model.parameters())}
-    with pytest.raises(
-        NoForwardDerivative, match=r"operator _cdist_forward has no .* use mode .difference"
-    ):
+    with pytest.raises(NoForwardDerivative, match=r"operator _cdist_forward has no .* use mode .difference"):
         Step(model, tasks, Method(encoder=Looking(tasks))).backward(batches(1)[0], **given)
     rule = Looking(tasks, mode="difference")
     Step(model, tasks, Method(encoder=rule)).backward(batches(1)[0], **given)

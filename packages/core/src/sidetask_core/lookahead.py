@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,12 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten
 
 from sidetask_core import parallel
-from sidetask_core.aside import aside
+from sidetask_core.aside import RandomState, aside
 from sidetask_core.combine import Weights, combine
-from sidetask_core.passes import Domain, Passes, losses_of
+from sidetask_core.passes import Passes, losses_of
 from sidetask_core.signals import Mode, Part
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task
-
-Direction = Mapping[nn.Parameter, Tensor]
 
 
 class NoForwardDerivative(RuntimeError):
@@ -72,14 +71,134 @@ class Move:
 
 
 @dataclass(frozen=True)
+class Place:
+    """One input of a step, its features, and the gradients that the tasks which read it have there.
+
+    Attributes:
+        tasks: which tasks these are.
+        input: what was encoded.
+        random: the random state before.
+        cut: where the tensors that were cut are in the flattened features.
+        features: these tensors.
+        gradients: the tasks' gradients there, of this process ``[tasks, D]``.
+    """
+
+    tasks: list[int]
+    input: Any
+    random: RandomState
+    cut: list[int]
+    features: list[Tensor]
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
+class Trail:
+    """What a step leaves behind, from which the slope of its losses along any direction follows without its graph.
+
+    Attributes:
+        shared: the encoder's parameters, by their names in ``model.named_parameters()``.
+        own: for each task the gradients of its branch and head, of this process, by name.
+        places: one for every input.
+        ambient: the precision of the forward pass.
+    """
+
+    shared: dict[str, Tensor]
+    own: list[dict[str, Tensor]]
+    places: list[Place]
+    ambient: torch.autocast
+
+    @classmethod
+    def of(cls, model: SplitModel, passes: Passes, ambient: torch.autocast) -> Trail:
+        """The trail of a step. It holds on to what the step holds, and copies nothing."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        own: list[dict[str, Tensor]] = [{} for _ in passes.losses]
+        places = []
+        for domain in passes.domains:
+            gradients = passes.feature_gradients(domain)
+            below = [x.detach() for x in domain.cut.below]
+            places.append(Place(domain.tasks, domain.input, domain.random, domain.cut.places, below, gradients))
+            for t in domain.tasks:
+                pairs = list(zip(passes.own[t], passes.head(t, keep=True)[0], strict=True))
+                branch = passes.branch_of[t]
+                if branch is not None:
+                    pairs += zip(branch.parameters, branch.gradients[t], strict=True)
+                for parameter, gradient in pairs:
+                    if gradient is not None:
+                        name = names[id(parameter)]
+                        more = gradient / passes.scale.to(gradient) if passes.scaled else gradient
+                        own[t][name] = own[t][name] + more if name in own[t] else more
+        return cls({names[id(p)]: p.detach() for p in passes.shared}, own, places, ambient)
+
+    def slopes(self, model: SplitModel, along: Mapping[str, Tensor], mode: Mode, among: Collection[int]) -> Tensor:
+        """⟨direction, ∇L_t⟩ of the tasks `among`, zero for others ``[T]``, over all processes; no head is run again.
+
+        Below the cut they are dot products with the gradients of branches and heads. Above it, the encoder moved along
+        the direction moves the features, and that meets each task's gradient there.
+        """
+        like = next(iter(self.shared.values()), next(model.parameters()))
+        slopes = [torch.zeros((), dtype=torch.float64, device=like.device) for _ in self.own]
+        above = {name: along[name] for name in self.shared if name in along}
+        for place in self.places:
+            riders = [(i, t) for i, t in enumerate(place.tasks) if t in among]
+            moved = self._moved(model, place, above, mode) if riders and above and place.features else None
+            for i, t in riders:
+                parts = [_dot(along[name], g) for name, g in self.own[t].items() if name in along]
+                if moved is not None:
+                    parts.append(_dot(moved, place.gradients[i]))
+                for part in parts:
+                    slopes[t] = slopes[t] + part
+        return parallel.add(torch.stack(slopes))
+
+    def _moved(self, model: SplitModel, place: Place, along: Mapping[str, Tensor], mode: Mode) -> Tensor:
+        """The derivative of the features along the direction, flattened."""
+        if mode != "exact":
+            return self._difference(model, place, along, central=mode == "difference")
+        _load_forward_mode()
+        with forward_ad.dual_level(), _named_missing_derivative():
+            duals = {
+                name: forward_ad.make_dual(self.shared[name], u.to(self.shared[name])) for name, u in along.items()
+            }
+            parts = [forward_ad.unpack_dual(x) for x in self._features(model, place, duals)]
+            return _flat([torch.zeros_like(x) if dx is None else dx for x, dx in parts])
+
+    def _difference(self, model: SplitModel, place: Place, along: Mapping[str, Tensor], central: bool) -> Tensor:
+        """The same from features of an encoder displaced a little along the direction, and back or not at all.
+
+        The displacement is ε^⅔ times as long as the parameters, ε their precision. A fixed length, as in Auto-λ's code
+        (0.01), lies across kinks of ReLU and max-pooling, an error that no precision mends.
+        """
+        length = _length(along.values())
+        precision = max(torch.finfo(x.dtype).eps for x in place.features)
+        reach = precision ** (2 / 3) * _length(self.shared[name] for name in along)
+        step = reach / length.clamp(min=torch.finfo(length.dtype).tiny)
+
+        def displaced(sign: int) -> Tensor:
+            moved = {name: (p := self.shared[name]) + sign * step.to(p) * u.to(p) for name, u in along.items()}
+            return _flat(self._features(model, place, moved))
+
+        here = displaced(-1) if central else _flat(place.features)
+        slope = (displaced(1) - here) / (step * (2 if central else 1))
+        # Where nothing moves there is no slope.
+        return torch.where(length > 0, slope, 0.0)
+
+    def _features(self, model: SplitModel, place: Place, moved: Mapping[str, Tensor]) -> list[Tensor]:
+        """The features that were cut, of an encoder with other parameters that draws what it drew in the step."""
+
+        def encode(model: SplitModel) -> list[Tensor]:
+            tensors, _ = tree_flatten(model.encode(place.input))
+            return [tensors[i] for i in place.cut]
+
+        with torch.no_grad(), self.ambient:
+            return aside(model, encode, {**self.shared, **moved}, place.random)
+
+
+@dataclass(frozen=True)
 class Lookahead:
     """Looks at the loss after the step that is being taken.
 
     Attributes:
         model: the network.
         tasks: its tasks.
-        batch: the training batch.
-        shapers: task name to what weighs its elements.
         ambient: the precision of the forward pass.
         validation: the batch whose loss is to fall.
         optimizer: what will take the step.
@@ -87,142 +206,52 @@ class Lookahead:
 
     model: SplitModel
     tasks: Sequence[Task]
-    batch: Batch
-    shapers: Mapping[str, nn.Module]
     ambient: torch.autocast
     validation: Batch
     optimizer: torch.optim.Optimizer
 
     def derivative(self, passes: Passes, weights: Tensor, part: Part, mode: Mode, among: Collection[int]) -> Tensor:
         """d(primaries' validation loss after the step)/d(weight) of the tasks `among`, zero for others ``[T]``."""
-        shared = {id(p) for p in passes.shared}
-        governed = [p for p in passes.trainable if part == "all" or (id(p) in shared) == (part == "shared")]
+        governed = parameters_of(self.model, passes, part)
         found = combine(passes, Weights(weights, weights), ahead=True)
-        moves = [
-            Move.of(p, None if (g := found.get(p)) is None else g / passes.scale.to(g), self.optimizer)
-            for p in governed
-        ]
-        slopes = self._validation_gradient(passes.scale, governed, [move.after for move in moves])
-        direction = {p: v * m.rate for p, v, m in zip(governed, slopes, moves, strict=True) if v is not None}
-        if mode == "exact":
-            return -self._exact(passes, direction, among)
-        return -self._difference(passes, direction, among, central=mode == "difference")
+        gradients = {name: found[p] / passes.scale.to(found[p]) for name, p in governed.items() if p in found}
+        moves = {name: Move.of(p, gradients.get(name), self.optimizer) for name, p in governed.items()}
+        slopes = self._validation_gradient(passes.scale, {name: move.after for name, move in moves.items()})
+        along = {name: slope * moves[name].rate for name, slope in slopes.items()}
+        return -Trail.of(self.model, passes, self.ambient).slopes(self.model, along, mode, among).to(passes.losses[0])
 
-    def _validation_gradient(
-        self, scale: Tensor, parameters: Sequence[nn.Parameter], after: Sequence[Tensor]
-    ) -> list[Tensor | None]:
+    def _validation_gradient(self, scale: Tensor, after: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """∇ of the primaries' unweighted validation loss at the parameters after the step, over all processes."""
         primaries = [task for task in self.tasks if task.primary]
-        leaves = [tensor.clone().requires_grad_() for tensor in after]
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in after.items()}
 
         def compute(model: SplitModel) -> list[Tensor | None]:
             losses, _ = losses_of(model, primaries, self.validation, {})
             total = torch.stack([loss.to(losses[0]) for loss in losses]).sum() * scale.to(losses[0])
             if not total.requires_grad or not leaves:
                 return [None] * len(leaves)
-            return list(torch.autograd.grad(total, leaves, allow_unused=True))
+            return list(torch.autograd.grad(total, list(leaves.values()), allow_unused=True))
 
         with torch.enable_grad(), self.ambient:
-            found = aside(self.model, compute, self._by_name(dict(zip(parameters, leaves, strict=True))))
-        summed = parallel.add_gradients(parameters, found)
-        return [None if g is None else g / scale.to(g) for g in summed]
-
-    def _exact(self, passes: Passes, direction: Direction, among: Collection[int]) -> Tensor:
-        """⟨direction, ∇L_t⟩ of every task: dot products with gradients that the step has computed anyway.
-
-        Below the cut they are those of branches and heads. Above it, moving the encoder along the direction moves the
-        features by one directional derivative, and that movement meets each task's gradient at the features.
-        """
-        inner = [torch.zeros_like(passes.losses[0].detach()) for _ in self.tasks]
-        domains = [domain for domain in passes.domains if not set(domain.tasks).isdisjoint(among)]
-        for domain, moved in zip(domains, self._moved_features(passes, direction, domains), strict=True):
-            for t, at_features in zip(domain.tasks, passes.feature_gradients(domain), strict=True):
-                if t not in among:
-                    continue
-                own, _ = passes.head(t, keep=True)
-                pairs = list(zip(passes.own[t], own, strict=True))
-                branch = passes.branch_of[t]
-                if branch is not None:
-                    pairs += zip(branch.parameters, branch.gradients[t], strict=True)
-                for parameter, gradient in pairs:
-                    if gradient is not None and parameter in direction:
-                        inner[t] = inner[t] + _dot(direction[parameter], gradient / passes.scale.to(gradient))
-                if moved is not None:
-                    inner[t] = inner[t] + _dot(moved, at_features)
-        return parallel.add(torch.stack(inner))
-
-    def _moved_features(
-        self, passes: Passes, direction: Direction, domains: Sequence[Domain]
-    ) -> Iterator[Tensor | None]:
-        """The derivative of each domain's features along the direction, flattened; None if they do not move."""
-        _load_forward_mode()
-        above = {p: direction[p] for p in passes.shared if p in direction}
-        for domain in domains:
-            if not above or not domain.cut.below:
-                yield None
-                continue
-            with forward_ad.dual_level(), _named_missing_derivative(), self.ambient:
-                duals = {p: forward_ad.make_dual(p.detach(), u.to(p)) for p, u in above.items()}
-                encode = _Encode(domain)
-                tensors = aside(self.model, encode, self._by_name(duals), domain.random)
-                parts = [forward_ad.unpack_dual(x) for x in tensors]
-                flat = [(torch.zeros_like(x) if dx is None else dx).flatten() for x, dx in parts]
-            yield torch.cat([x.to(torch.promote_types(x.dtype, torch.float32)) for x in flat])
-
-    def _difference(self, passes: Passes, direction: Direction, among: Collection[int], central: bool) -> Tensor:
-        """⟨direction, ∇L_t⟩ from losses alone, of parameters displaced along the direction.
-
-        The displacement is ε^⅔ times as long as the parameters, ε the precision of the losses. A fixed length, as in
-        Auto-λ's code (0.01), lies across kinks of ReLU and max-pooling, whose error no precision mends.
-        """
-        chosen = torch.tensor([t in among for t in range(len(self.tasks))], device=passes.scale.device)
-        length = _length(direction.values(), passes.scale)
-        precision = torch.finfo(self.ambient.fast_dtype if self.ambient._enabled else passes.losses[0].dtype).eps
-        step = (
-            precision ** (2 / 3) * _length(direction, passes.scale) / length.clamp(min=torch.finfo(length.dtype).tiny)
-        )
-
-        def displaced(sign: int) -> Tensor:
-            moved = {p: p + sign * step.to(p) * u.to(p) for p, u in direction.items()}
-            with self.ambient:
-                losses, _ = aside(
-                    self.model,
-                    lambda model: losses_of(model, self.tasks, self.batch, self.shapers),
-                    self._by_name(moved),
-                    passes.domains[0].random,
-                )
-            return parallel.add(torch.stack([loss.to(passes.losses[0]) for loss in losses]))
-
-        with torch.no_grad():
-            here = (
-                None
-                if central
-                else parallel.add(torch.stack([loss.detach().to(passes.losses[0]) for loss in passes.losses]))
-            )
-            rise = displaced(1) - (displaced(-1) if here is None else here)
-            slope = rise / (step * (2 if central else 1))
-        # Where nothing moves, or nothing can be told from rounding, there is no slope.
-        return torch.where(chosen & (length > 0), slope, 0.0)
-
-    def _by_name(self, tensors: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
-        return {name: tensors[p] for name, p in self.model.named_parameters() if p in tensors}
+            found = aside(self.model, compute, leaves)
+        summed = parallel.add_gradients(list(leaves.values()), found)
+        return {name: g / scale.to(g) for name, g in zip(leaves, summed, strict=True) if g is not None}
 
 
-class _Encode:
-    """Encodes a domain's input and picks the tensors that were cut."""
-
-    def __init__(self, domain: Domain) -> None:
-        self.domain = domain
-
-    def __call__(self, model: SplitModel) -> list[Tensor]:
-        tensors, _ = tree_flatten(model.encode(self.domain.input))
-        return [tensors[i] for i in self.domain.cut.places]
+def parameters_of(model: SplitModel, passes: Passes, part: Part) -> dict[str, nn.Parameter]:
+    """The trained parameters that a rule weighs the gradients of, by name."""
+    shared = {id(p) for p in passes.shared}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in trained.items() if part == "all" or (id(p) in shared) == (part == "shared")}
 
 
-def _length(tensors: Collection[Tensor], like: Tensor) -> Tensor:
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.flatten().to(torch.promote_types(x.dtype, torch.float32)) for x in tensors])
+
+
+def _length(tensors: Iterable[Tensor]) -> Tensor:
     """The length of several tensors taken as one vector."""
-    squares = [_dot(x.detach(), x.detach()).to(like) for x in tensors]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros_like(like)
+    return torch.stack([torch.linalg.vector_norm(x.detach()).float() for x in tensors]).square().sum().sqrt()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -195,13 +195,14 @@ class Signals:
         gradient there and α the learning rate, the derivative is −α ⟨v, ∇L_t⟩ (Liu et al., "Auto-λ", TMLR 2022).
 
         Costs one more backward pass over the encoder (none if the step itself has these weights), a forward and a
-        backward pass over the validation batch, and what the mode costs. BatchNorm statistics and random state do not
-        notice, and dropout draws what it drew in the step.
+        backward pass over the validation batch for the primary tasks, and what the mode costs. BatchNorm statistics and
+        random state do not notice, and dropout draws what it drew in the step.
 
         Args:
             weights: of the tasks in the step ``[T]``.
-            mode: ``"exact"``, by one forward-mode derivative of the encoder, about two forward passes of it;
-                ``"difference"``, by two more forward passes of everything; ``"one-sided"``, by one.
+            mode: ``"exact"``, by a forward-mode derivative of the encoder, which costs about two forward passes of it;
+                ``"difference"``, by two forward passes of the encoder with displaced parameters; ``"one-sided"``, by
+                one. Heads are not run again.
             among: the tasks whose derivatives are wanted; all if None. Others get zero, and tasks with inputs of their
                 own are not encoded for it.
 

@@ -229,8 +229,7 @@ class Step(nn.Module):
             progress = functools.partial(self._progress, last, ambient)
             lookahead = None
             if validation is not None and optimizer is not None:
-                shapers = dict(self.shapers.items())
-                ahead = Lookahead(self.model, self.tasks, batch, shapers, ambient, validation, optimizer)
+                ahead = Lookahead(self.model, self.tasks, ambient, validation, optimizer)
                 lookahead = functools.partial(ahead.derivative, passes)
             signals = Signals(self.tasks, passes, self.iteration, self.epoch, progress, lookahead)
             self._check_finite(signals.losses)

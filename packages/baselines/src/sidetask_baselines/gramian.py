@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +13,29 @@ from torch import Tensor
 from sidetask_baselines.simplex import SolverFailure
 
 
+class Fetched(NamedTuple):
+    """What one step knows on the host, in float64: of the P tasks that have labels, and which of all T they are.
+
+    Attributes:
+        gramian: ``[P, P]``.
+        losses: ``[P]``.
+        present: ``[T]`` booleans.
+        iteration: index of this step.
+        epoch: the epoch the training loop set.
+    """
+
+    gramian: np.ndarray
+    losses: np.ndarray
+    present: np.ndarray
+    iteration: int
+    epoch: int
+
+
 class GramianWeighting(Weighting):
     """Weights from the Gramian of the task gradients, solved for in float64 on the host.
 
-    Fetching the Gramian, T² numbers, is the one time the rule waits for the device.
+    Fetching the Gramian and the losses, T² + T numbers, is the one time the rule waits for the device. A rule says how
+    it weighs in `solve`, or in `weigh` if it looks at more than the Gramian.
 
     Args:
         tasks: the tasks.
@@ -35,21 +55,26 @@ class GramianWeighting(Weighting):
         Raises:
             SolverFailure: if the Gramian is not finite.
         """
-        # Joined, so that the host waits once.
         gramian = self.compared(signals).to(torch.float64)
-        *rows, labelled = torch.cat([gramian, signals.labelled.to(gramian)[None]]).cpu().numpy()
+        about = torch.stack([signals.losses.to(gramian), signals.labelled.to(gramian)])
+        # Joined, so that the host waits once.
+        *rows, losses, labelled = torch.cat([gramian, about]).cpu().numpy()
         whole, present = np.stack(rows), labelled > 0
         inner = whole[np.ix_(present, present)]
         if not np.isfinite(inner).all():
             raise SolverFailure("the inner products of the task gradients are not finite", inner)
         weights = np.zeros(len(whole))
         if present.any():
-            weights[present] = self.solve(inner)
+            weights[present] = self.weigh(Fetched(inner, losses[present], present, signals.iteration, signals.epoch))
         return torch.from_numpy(weights).to(signals.losses, non_blocking=True)
 
     def compared(self, signals: Signals) -> Tensor:
         """The Gramian ``[T, T]`` that the weights are solved for."""
         return signals.gramian(self.at)
+
+    def weigh(self, fetched: Fetched) -> np.ndarray:
+        """Weights ``[P]`` of the tasks that have labels, one or more."""
+        return self.solve(fetched.gramian)
 
     def solve(self, gramian: np.ndarray) -> np.ndarray:
         """Weights from the Gramian of the tasks that have labels, both of their number."""

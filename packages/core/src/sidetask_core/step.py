@@ -173,8 +173,8 @@ class Step(nn.Module):
 
     def rule_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of rules that the caller's optimizer trains; usually without weight decay."""
-        for rule in self._trained():
-            yield from rule.parameters()
+        # Once each: two rules may share one.
+        yield from dict.fromkeys(p for rule in self._trained() for p in rule.parameters())
 
     def _trained(self) -> Iterator[Rule | Shaper]:
         """Whatever may have an objective of its own."""

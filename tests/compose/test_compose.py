@@ -9,8 +9,21 @@ from sidetask_core.plugins import installed, make_method
 from torch import nn
 
 # What a method cannot be built without.
-OPTIONS = {"fixed": {"weights": {"near": 1.0, "far": 0.5, "kind": 2.0}}}
-PAIRS = list(itertools.product(installed("methods"), repeat=2))
+OPTIONS = {"fixed": {"weights": {"near": 1.0, "far": 0.5, "kind": 2.0}}, "torchjd": {"aggregator": "UPGrad"}}
+
+
+def pairs():
+    """All pairs of methods of different distributions; of one distribution, each method once in either slot."""
+    homes = installed("methods")
+    for encoder, decoder in itertools.product(homes, repeat=2):
+        if homes[encoder] != homes[decoder]:
+            yield encoder, decoder
+    for home in set(homes.values()):
+        own = [name for name in homes if homes[name] == home]
+        yield from zip(own, own[1:] + own[:1], strict=True)
+
+
+PAIRS = sorted(pairs())
 
 
 def tasks():
@@ -27,8 +40,9 @@ def step_of(encoder, decoder):
     shared = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU())
     model = SplitModel(shared, {"near": nn.Linear(6, 1), "far": nn.Linear(6, 1), "kind": nn.Linear(6, 3)})
     above, below = (make_method({"name": name, **OPTIONS.get(name, {})}, tasks()) for name in (encoder, decoder))
-    assert below.decoder is not None, f"{decoder} leaves the decoder slot empty"
-    step = Step(model, tasks(), Method(encoder=above.encoder, decoder=below.decoder))
+    assert below.decoder is not None or below.shapers, f"{decoder} does nothing below the cut"
+    shapers = {**above.shapers, **below.shapers}
+    step = Step(model, tasks(), Method(encoder=above.encoder, decoder=below.decoder, shapers=shapers))
     return step, torch.optim.SGD(step.parameters(), lr=0.05, momentum=0.9)
 
 

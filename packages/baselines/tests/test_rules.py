@@ -6,7 +6,7 @@ import pytest
 import torch
 from sidetask_baselines import DWA, MGDA, RLW, CAGrad, GradDrop, PCGrad, SolverFailure, Uncertainty
 from sidetask_baselines.graddrop import pick_sign
-from sidetask_core import Batch, Method, MissingKey, SplitModel, Step, plugins
+from sidetask_core import Batch, Method, MissingKey, SplitModel, Step, Task, plugins
 from sidetask_core.testing import batches, problem, squared, tiny_tasks, train
 from torch import nn
 
@@ -16,15 +16,28 @@ def gradients(seed=0, count=3, size=8):
 
 
 TASKS = tiny_tasks()
+LOSSES = ("uncertainty", "dwa", "rlw", "imtl-l", "atw", "puw", "famo", "gradnorm")
+GRADIENTS = (
+    "pcgrad",
+    "cagrad",
+    "mgda",
+    "imtl-g",
+    "graddrop",
+    "pareto-mtl",
+    "nash-mtl",
+    "aligned-mtl",
+    "gcs",
+    "ol-aux",
+)
 
 
 def test_entry_points_are_found_and_known_to_core():
     names = {name for name, home in plugins.installed("methods").items() if home == "sidetask-baselines"}
-    assert names == {"equal", "fixed", "uncertainty", "dwa", "rlw", "pcgrad", "cagrad", "mgda", "graddrop"}
     assert names == set(plugins._HOMES["methods"]["sidetask-baselines"].split())
+    assert names >= {*LOSSES, *GRADIENTS, "equal", "fixed", "per-objective-uncertainty", "imtl", "torchjd"}
+    needed = {"fixed": {"weights": dict.fromkeys("abc", 1.0)}, "torchjd": {"aggregator": "UPGrad"}}
     for name in names:
-        options = {"weights": dict.fromkeys("abc", 1.0)} if name == "fixed" else {}
-        assert isinstance(plugins.make_method({"name": name, **options}, TASKS), Method)
+        assert isinstance(plugins.make_method({"name": name, **needed.get(name, {})}, TASKS), Method)
 
 
 def test_uncertainty_settles_where_the_variance_is_the_loss(given):
@@ -97,7 +110,10 @@ def test_uncertainty_of_a_task_without_labels_stays(given):
     assert rule.log_variance.grad[0] != 0
 
 
-@pytest.mark.parametrize("name", ["mgda", "cagrad", "graddrop", "uncertainty", "equal"])
+ALIKE = {*LOSSES, *GRADIENTS, "imtl", "equal"} - {"rlw", "pcgrad"}
+
+
+@pytest.mark.parametrize("name", sorted(ALIKE))
 @pytest.mark.parametrize("how", ["nan", "none"])
 def test_a_task_without_labels_is_as_if_it_were_not_there(name, how):
     tasks, (batch, *_) = tiny_tasks(), batches(1)
@@ -190,21 +206,79 @@ def test_pcgrad_draws_another_order_in_every_step(given):
     assert len(found) > 1
 
 
-def test_features_and_parameters_agree_behind_an_orthogonal_encoder():
-    """With a square orthogonal encoder and one sample, the two Gramians are proportional."""
+# GradDrop compares coordinate by coordinate, and those of features and parameters are others.
+OF_THE_GRAMIAN = [name for name in GRADIENTS if name != "graddrop"]
+
+
+@pytest.mark.parametrize("name", [*OF_THE_GRAMIAN, "imtl", "gradnorm"])
+def test_features_and_parameters_agree_behind_an_orthogonal_encoder(name):
+    """With a square orthogonal encoder and one sample of length one, the two Gramians are the same."""
     tasks = tiny_tasks()
     shared = nn.Linear(4, 4, bias=False).double()
     nn.init.orthogonal_(shared.weight)
     model = SplitModel(shared, {n: nn.Linear(4, 2).double() for n in "abc"})
-    (batch,) = batches(1, size=1)
-    for rule in (PCGrad, CAGrad, MGDA):
-        weights = [
-            torch.stack(
-                list(Step(model, tasks, Method(encoder=rule(tasks, at=at))).backward(batch).encoder_weights.values())
-            )
-            for at in ("features", "parameters")
-        ]
-        torch.testing.assert_close(weights[0], weights[1], rtol=1e-8, atol=1e-8)
+    data = [Batch(b.inputs / b.inputs.norm(), b.targets) for b in batches(3, size=1)]
+    found = []
+    for at in ("features", "parameters"):
+        step = Step(model, tasks, plugins.make_method({"name": name, "at": at}, tasks))
+        for batch in data:
+            step.zero_grad()
+            step.backward(batch)
+        found.append(shared.weight.grad.clone())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-8)
+
+
+def scaled_by(k, name, options, steps=6):
+    """Weights and shared gradients of every step, with the loss of b multiplied by k; parameters stay."""
+    tasks = tiny_tasks()
+    tasks[1] = Task("b", lambda p, y: k * squared(p, y), primary=False)
+    step = Step(problem(), tasks, plugins.make_method({"name": name, **options}, tasks))
+    found = []
+    for i, batch in enumerate(batches(steps)):
+        step.epoch = i // 2
+        step.zero_grad()
+        report = step.backward(batch)
+        shared = torch.cat([p.grad.flatten() for p in step.model.shared_parameters()])
+        found.append((torch.stack([*report.encoder_weights.values()]), shared))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kept"),
+    [
+        ("equal", {}, "weights"),
+        ("dwa", {}, "weights"),
+        ("rlw", {}, "weights"),
+        ("atw", {}, "weights"),
+        ("gcs", {}, "weights"),
+        ("gcs", {"mode": "soft"}, "weights"),
+        ("pcgrad", {}, "linear"),
+        ("puw", {}, "weighted losses"),
+        ("famo", {}, "weighted losses"),
+        ("mgda", {"normalization": "loss"}, "weights"),
+        ("mgda", {"normalization": "norm"}, "weights"),
+        ("imtl-g", {}, "direction"),
+        ("imtl", {}, "direction"),
+        ("nash-mtl", {}, "gradient"),
+    ],
+)
+def test_scaling_a_loss_does_what_is_documented(name, options, kept):
+    k = 50.0
+    scale = torch.tensor([1.0, k, 1.0], dtype=torch.float64)
+    plain, twice, much = (scaled_by(factor, name, options) for factor in (1, 2, k))
+    for (weights, gradient), (_, double), (scaled, other) in zip(plain, twice, much, strict=True):
+        if kept == "weights":
+            found, expected = scaled, weights
+        elif kept == "weighted losses":
+            found, expected = scaled * scale / (scaled * scale).sum(), weights / weights.sum()
+        elif kept == "direction":
+            found, expected = other / other.norm(), gradient / gradient.norm()
+        elif kept == "gradient":
+            found, expected = other, gradient
+        else:
+            # What is projected off b stays, and b's own projected gradient is scaled.
+            found, expected = other - gradient, (k - 1) * (double - gradient)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_graddrop_keeps_one_sign_per_coordinate_and_all_of_it(given):
@@ -271,7 +345,7 @@ def test_a_leak_of_an_unknown_task():
         GradDrop(TASKS, leak={"d": 0.5})
 
 
-@pytest.mark.parametrize("name", ["equal", "uncertainty", "dwa", "rlw"])
+@pytest.mark.parametrize("name", ["equal", *LOSSES])
 def test_losses_only_methods_are_one_rule_that_fills_either_slot(name):
     method = plugins.make_method(name, TASKS)
     assert method.encoder is method.decoder
@@ -279,7 +353,7 @@ def test_losses_only_methods_are_one_rule_that_fills_either_slot(name):
     assert type(mixed.decoder) is type(method.decoder)
 
 
-@pytest.mark.parametrize("name", ["pcgrad", "cagrad", "mgda", "graddrop"])
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_gradient_methods_leave_decoders_unweighted(name):
     tasks = tiny_tasks()
     step = Step(problem(), tasks, plugins.make_method(name, tasks))
@@ -289,7 +363,7 @@ def test_gradient_methods_leave_decoders_unweighted(name):
 
 def test_a_batch_without_any_label_moves_nothing():
     tasks = tiny_tasks()
-    for name in ("equal", "pcgrad", "cagrad", "mgda", "graddrop"):
+    for name in ("equal", *LOSSES, *GRADIENTS, "imtl"):
         model, (batch, *_) = problem(), batches(1)
         absent = {n: torch.full_like(y, math.nan) for n, y in batch.targets.items()}
         Step(model, tasks, plugins.make_method(name, tasks)).backward(Batch(batch.inputs, absent))

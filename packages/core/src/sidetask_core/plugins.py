@@ -19,7 +19,8 @@ SLOTS = ("augment", "shapers", "decoder", "encoder")
 # Where the project's own names live, so that a missing one can be answered with the command that brings it.
 _HOMES = {
     "methods": {
-        "sidetask-baselines": "equal fixed uncertainty dwa rlw pcgrad cagrad mgda graddrop",
+        "sidetask-baselines": "equal fixed uncertainty per-objective-uncertainty dwa rlw imtl-l atw puw famo gradnorm "
+        "pcgrad cagrad mgda imtl-g imtl graddrop pareto-mtl nash-mtl aligned-mtl gcs ol-aux torchjd",
         "sidetask-autolambda": "autolambda",
         "sidetask-ial": "ial",
         "sidetask-saal": "saal saal-e saal-w saal-ew",

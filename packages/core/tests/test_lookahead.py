@@ -471,3 +471,158 @@ def test_two_processes_look_as_one(mode, rtol):
     for half in in_two_processes(functools.partial(share, mode=mode)):
         for name, value in whole.items():
             close(half[name], value, name, rtol=rtol)
+
+
+class LookingBack(Weighting):
+    """Looks back at the weights of the step before."""
+
+    def __init__(self, tasks, **how):
+        super().__init__(tasks)
+        self.how, self.found = how, []
+
+    def forward(self, signals):
+        self.found.append(signals.hindsight(**self.how))
+        return WEIGHTS.to(signals.losses)
+
+
+def two_steps(model, tasks, optimizer, data, part="all", **how):
+    """What the second step says of the first, and the derivative through the optimizer's real step."""
+    rule = LookingBack(tasks, **how)
+    method = Method(encoder=rule) if part == "all" else Method(encoder=rule, decoder=Equal(tasks))
+    step = Step(model, tasks, method)
+    expected = None
+    for batch in data:
+        optimizer.zero_grad()
+        step.backward(batch, optimizer=optimizer)
+        if expected is None:
+            expected = written_out(model, tasks, *data, WEIGHTS, optimizer, part)
+            optimizer.step()
+            # The caller may fill the same memory with the next batch.
+            inputs = batch.inputs.values() if isinstance(batch.inputs, dict) else [batch.inputs]
+            for x in inputs:
+                x.zero_()
+    assert rule.found[0] is None
+    return rule.found[1], expected
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.8, "weight_decay": 0.1, "nesterov": True, "dampening": 0.0}])
+def test_hindsight_is_the_derivative_through_the_step_that_was_taken(split, options):
+    tasks, model = tiny_tasks(), problem(split, norm=True)
+    tasks[2] = Task("c", squared)
+    found, expected = two_steps(model, tasks, warmed(model, tiny_tasks(), **options), batches(2))
+    close(found, expected, "hindsight", rtol=1e-10)
+
+
+@pytest.mark.parametrize(("mode", "rtol"), [("difference", 1e-4), ("one-sided", 1e-3)])
+def test_hindsight_by_differences(mode, rtol):
+    model = problem(norm=True)
+    found, expected = two_steps(model, tiny_tasks(), sgd(model.parameters()), batches(2), mode=mode)
+    close(found, expected, "hindsight", rtol=rtol)
+
+
+def test_hindsight_with_inputs_of_their_own():
+    tasks = [Task(n, squared, input=n, primary=n != "c") for n in "abc"]
+    model = problem("half-shared")
+    data = [Batch({n: draw.inputs * (1 + i) for i, n in enumerate("abc")}, draw.targets) for draw in batches(2)]
+    found, expected = two_steps(model, tasks, sgd(model.parameters()), data)
+    close(found, expected, "hindsight", rtol=1e-10)
+
+
+def test_hindsight_sees_the_dropout_of_the_step_before():
+    found = {}
+    for mode in ("exact", "difference"):
+        model, tasks = noisy(), tiny_tasks()
+        torch.manual_seed(5)
+        optimizer, rule = sgd(model.parameters()), LookingBack(tasks, mode=mode)
+        step = Step(model, tasks, Method(encoder=rule))
+        for batch in batches(2):
+            optimizer.zero_grad()
+            step.backward(batch, optimizer=optimizer)
+            optimizer.step()
+        found[mode] = rule.found[1]
+    close(found["difference"], found["exact"], "central", rtol=1e-4)
+
+
+def test_hindsight_leaves_the_step_and_the_world_alone():
+    states = []
+    for back in (False, True):
+        tasks, model = tiny_tasks(), noisy()
+        torch.manual_seed(5)
+        step = Step(model, tasks, Method(encoder=LookingBack(tasks) if back else Given(tasks)))
+        optimizer = sgd(model.parameters())
+        for batch in batches(4):
+            optimizer.zero_grad()
+            step.backward(batch, optimizer=optimizer)
+            optimizer.step()
+        states.append([torch.get_rng_state(), *model.buffers(), *model.parameters()])
+    assert torch.equal(states[0][0], states[1][0])
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+def test_hindsight_survives_a_resume(tmp_path):
+    def start():
+        tasks, model = tiny_tasks(), noisy()
+        rule = LookingBack(tasks)
+        step, optimizer = Step(model, tasks, Method(encoder=rule)), sgd(model.parameters(), momentum=0.9)
+        torch.manual_seed(5)
+        return step, optimizer, rule
+
+    def go(step, optimizer, data):
+        for batch in data:
+            optimizer.zero_grad()
+            step.backward(batch, optimizer=optimizer)
+            optimizer.step()
+
+    data = batches(4)
+    whole, optimizer, rule = start()
+    go(whole, optimizer, data)
+    half, half_optimizer, _ = start()
+    go(half, half_optimizer, data[:2])
+    torch.save([half.state_dict(), half_optimizer.state_dict(), torch.get_rng_state()], tmp_path / "state.pt")
+    resumed, resumed_optimizer, its_rule = start()
+    state, optimizer_state, random = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(state)
+    resumed_optimizer.load_state_dict(optimizer_state)
+    torch.set_rng_state(random)
+    go(resumed, resumed_optimizer, data[2:])
+    for found, expected in zip(its_rule.found, rule.found[2:], strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_hindsight_needs_the_optimizer_of_every_step():
+    tasks, model = tiny_tasks(), problem()
+    with pytest.raises(ValueError, match="looks back at each step and needs"):
+        Step(model, tasks, Method(encoder=LookingBack(tasks))).backward(batches(1)[0])
+
+
+def test_a_failed_step_leaves_no_hindsight():
+    tasks, model = tiny_tasks(), problem()
+    rule, optimizer = LookingBack(tasks), sgd(model.parameters())
+    step, (first, second) = Step(model, tasks, Method(encoder=rule)), batches(2)
+    step.backward(first, optimizer=optimizer)
+    with pytest.raises(ArithmeticError):
+        step.backward(Batch(first.inputs * float("nan"), first.targets), optimizer=optimizer)
+    step.backward(second, optimizer=optimizer)
+    assert rule.found == [None, None]
+
+
+def hindsight_of_share(rank, world):
+    tasks, model = tiny_tasks(), problem("two heads on one branch")
+    rows = slice(None) if world == 1 else slice(0, 5) if rank == 0 else slice(5, 6)
+    data = [Batch(b.inputs[rows], {k: y[rows] for k, y in b.targets.items()}) for b in batches(3)]
+    rule, optimizer = LookingBack(tasks), sgd(model.parameters(), momentum=0.9)
+    step = Step(model, tasks, Method(encoder=rule))
+    for batch in data:
+        optimizer.zero_grad()
+        step.backward(batch, optimizer=optimizer)
+        optimizer.step()
+    return {"second": rule.found[1], "third": rule.found[2]}
+
+
+def test_two_processes_look_back_as_one():
+    whole = hindsight_of_share(0, 1)
+    for half in in_two_processes(hindsight_of_share):
+        for name, value in whole.items():
+            close(half[name], value, name, rtol=1e-10)

@@ -7,13 +7,13 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sidetask_core import parallel
 from sidetask_core.aside import RandomState, aside
@@ -22,6 +22,8 @@ from sidetask_core.passes import Passes, losses_of
 from sidetask_core.signals import Mode, Part
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task
+
+Group = dict[str, Any]
 
 
 class NoForwardDerivative(RuntimeError):
@@ -50,28 +52,47 @@ class Move:
     rate: float | Tensor
 
     @classmethod
-    def of(cls, parameter: nn.Parameter, gradient: Tensor | None, optimizer: torch.optim.Optimizer) -> Move:
+    def of(
+        cls, parameter: nn.Parameter, gradient: Tensor | None, optimizer: torch.optim.Optimizer, group: Group | None
+    ) -> Move:
         """The move of `parameter`, which stays where it is without a gradient or beyond the optimizer's groups."""
         here = parameter.detach()
-        group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
         if gradient is None or group is None:
             return cls(here, 0.0)
-        if group.get("maximize"):
-            raise ValueError("the optimizer maximizes; a lookahead is for losses that are minimized")
-        step, rate = gradient + group.get("weight_decay", 0.0) * here, 1.0
+        step = gradient + group.get("weight_decay", 0.0) * here
         if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
             momentum, velocity = group["momentum"], optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if velocity is not None:
-                rate = 1.0 - group["dampening"]
-                velocity = momentum * velocity + rate * step
-            else:
-                velocity = step
-            step, rate = (step + momentum * velocity, 1 + momentum * rate) if group["nesterov"] else (velocity, rate)
-        return cls(here - group["lr"] * step, group["lr"] * rate)
+            velocity = step if velocity is None else momentum * velocity + (1 - group["dampening"]) * step
+            step = step + momentum * velocity if group["nesterov"] else velocity
+        return cls(here - group["lr"] * step, rate_of(parameter, optimizer, group))
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> dict[int, Group]:
+    """The options of each parameter of an optimizer, by its id."""
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+
+def rate_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, group: Group | None) -> float | Tensor:
+    """How far a unit of gradient moves a parameter in the optimizer's next step, against the gradient.
+
+    Raises:
+        ValueError: if the optimizer maximizes.
+    """
+    if group is None:
+        return 0.0
+    if group.get("maximize"):
+        raise ValueError("the optimizer maximizes; a lookahead is for losses that are minimized")
+    rate = 1.0
+    if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
+        if "momentum_buffer" in optimizer.state.get(parameter, {}):
+            rate = 1.0 - group["dampening"]
+        rate = 1.0 + group["momentum"] * rate if group["nesterov"] else rate
+    moved: float | Tensor = group["lr"] * rate
+    return moved
 
 
 @dataclass(frozen=True)
-class Place:
+class Encoded:
     """One input of a step, its features, and the gradients that the tasks which read it have there.
 
     Attributes:
@@ -98,13 +119,13 @@ class Trail:
     Attributes:
         shared: the encoder's parameters, by their names in ``model.named_parameters()``.
         own: for each task the gradients of its branch and head, of this process, by name.
-        places: one for every input.
+        encoded: one for every input.
         ambient: the precision of the forward pass.
     """
 
     shared: dict[str, Tensor]
     own: list[dict[str, Tensor]]
-    places: list[Place]
+    encoded: list[Encoded]
     ambient: torch.autocast
 
     @classmethod
@@ -112,11 +133,11 @@ class Trail:
         """The trail of a step. It holds on to what the step holds, and copies nothing."""
         names = {id(p): name for name, p in model.named_parameters()}
         own: list[dict[str, Tensor]] = [{} for _ in passes.losses]
-        places = []
+        encoded = []
         for domain in passes.domains:
             gradients = passes.feature_gradients(domain)
             below = [x.detach() for x in domain.cut.below]
-            places.append(Place(domain.tasks, domain.input, domain.random, domain.cut.places, below, gradients))
+            encoded.append(Encoded(domain.tasks, domain.input, domain.random, domain.cut.places, below, gradients))
             for t in domain.tasks:
                 pairs = list(zip(passes.own[t], passes.head(t, keep=True)[0], strict=True))
                 branch = passes.branch_of[t]
@@ -127,7 +148,7 @@ class Trail:
                         name = names[id(parameter)]
                         more = gradient / passes.scale.to(gradient) if passes.scaled else gradient
                         own[t][name] = own[t][name] + more if name in own[t] else more
-        return cls({names[id(p)]: p.detach() for p in passes.shared}, own, places, ambient)
+        return cls({names[id(p)]: p.detach() for p in passes.shared}, own, encoded, ambient)
 
     def slopes(self, model: SplitModel, along: Mapping[str, Tensor], mode: Mode, among: Collection[int]) -> Tensor:
         """⟨direction, ∇L_t⟩ of the tasks `among`, zero for others ``[T]``, over all processes; no head is run again.
@@ -138,58 +159,58 @@ class Trail:
         like = next(iter(self.shared.values()), next(model.parameters()))
         slopes = [torch.zeros((), dtype=torch.float64, device=like.device) for _ in self.own]
         above = {name: along[name] for name in self.shared if name in along}
-        for place in self.places:
-            riders = [(i, t) for i, t in enumerate(place.tasks) if t in among]
-            moved = self._moved(model, place, above, mode) if riders and above and place.features else None
+        for one in self.encoded:
+            riders = [(i, t) for i, t in enumerate(one.tasks) if t in among]
+            moved = self._moved(model, one, above, mode) if riders and above and one.features else None
             for i, t in riders:
                 parts = [_dot(along[name], g) for name, g in self.own[t].items() if name in along]
                 if moved is not None:
-                    parts.append(_dot(moved, place.gradients[i]))
+                    parts.append(_dot(moved, one.gradients[i]))
                 for part in parts:
                     slopes[t] = slopes[t] + part
         return parallel.add(torch.stack(slopes))
 
-    def _moved(self, model: SplitModel, place: Place, along: Mapping[str, Tensor], mode: Mode) -> Tensor:
+    def _moved(self, model: SplitModel, one: Encoded, along: Mapping[str, Tensor], mode: Mode) -> Tensor:
         """The derivative of the features along the direction, flattened."""
         if mode != "exact":
-            return self._difference(model, place, along, central=mode == "difference")
+            return self._difference(model, one, along, central=mode == "difference")
         _load_forward_mode()
         with forward_ad.dual_level(), _named_missing_derivative():
             duals = {
                 name: forward_ad.make_dual(self.shared[name], u.to(self.shared[name])) for name, u in along.items()
             }
-            parts = [forward_ad.unpack_dual(x) for x in self._features(model, place, duals)]
+            parts = [forward_ad.unpack_dual(x) for x in self._features(model, one, duals)]
             return _flat([torch.zeros_like(x) if dx is None else dx for x, dx in parts])
 
-    def _difference(self, model: SplitModel, place: Place, along: Mapping[str, Tensor], central: bool) -> Tensor:
+    def _difference(self, model: SplitModel, one: Encoded, along: Mapping[str, Tensor], central: bool) -> Tensor:
         """The same from features of an encoder displaced a little along the direction, and back or not at all.
 
         The displacement is ε^⅔ times as long as the parameters, ε their precision. A fixed length, as in Auto-λ's code
         (0.01), lies across kinks of ReLU and max-pooling, an error that no precision mends.
         """
         length = _length(along.values())
-        precision = max(torch.finfo(x.dtype).eps for x in place.features)
+        precision = max(torch.finfo(x.dtype).eps for x in one.features)
         reach = precision ** (2 / 3) * _length(self.shared[name] for name in along)
         step = reach / length.clamp(min=torch.finfo(length.dtype).tiny)
 
         def displaced(sign: int) -> Tensor:
             moved = {name: (p := self.shared[name]) + sign * step.to(p) * u.to(p) for name, u in along.items()}
-            return _flat(self._features(model, place, moved))
+            return _flat(self._features(model, one, moved))
 
-        here = displaced(-1) if central else _flat(place.features)
+        here = displaced(-1) if central else _flat(one.features)
         slope = (displaced(1) - here) / (step * (2 if central else 1))
         # Where nothing moves there is no slope.
         return torch.where(length > 0, slope, 0.0)
 
-    def _features(self, model: SplitModel, place: Place, moved: Mapping[str, Tensor]) -> list[Tensor]:
+    def _features(self, model: SplitModel, one: Encoded, moved: Mapping[str, Tensor]) -> list[Tensor]:
         """The features that were cut, of an encoder with other parameters that draws what it drew in the step."""
 
         def encode(model: SplitModel) -> list[Tensor]:
-            tensors, _ = tree_flatten(model.encode(place.input))
-            return [tensors[i] for i in place.cut]
+            tensors, _ = tree_flatten(model.encode(one.input))
+            return [tensors[i] for i in one.cut]
 
         with torch.no_grad(), self.ambient:
-            return aside(model, encode, {**self.shared, **moved}, place.random)
+            return aside(model, encode, {**self.shared, **moved}, one.random)
 
 
 @dataclass(frozen=True)
@@ -215,7 +236,10 @@ class Lookahead:
         governed = parameters_of(self.model, passes, part)
         found = combine(passes, Weights(weights, weights), ahead=True)
         gradients = {name: found[p] / passes.scale.to(found[p]) for name, p in governed.items() if p in found}
-        moves = {name: Move.of(p, gradients.get(name), self.optimizer) for name, p in governed.items()}
+        groups = groups_of(self.optimizer)
+        moves = {
+            name: Move.of(p, gradients.get(name), self.optimizer, groups.get(id(p))) for name, p in governed.items()
+        }
         slopes = self._validation_gradient(passes.scale, {name: move.after for name, move in moves.items()})
         along = {name: slope * moves[name].rate for name, slope in slopes.items()}
         return -Trail.of(self.model, passes, self.ambient).slopes(self.model, along, mode, among).to(passes.losses[0])
@@ -236,6 +260,49 @@ class Lookahead:
             found = aside(self.model, compute, leaves)
         summed = parallel.add_gradients(list(leaves.values()), found)
         return {name: g / scale.to(g) for name, g in zip(leaves, summed, strict=True) if g is not None}
+
+
+@dataclass(frozen=True)
+class Hindsight:
+    """Looks from a step back at the one before: what did each weight there do to the loss here?
+
+    Attributes:
+        trail: what the step before left behind, in copies of its own.
+        rates: how far a unit of gradient moved each parameter in it, by name.
+    """
+
+    trail: Trail
+    rates: dict[str, float]
+
+    @classmethod
+    def of(cls, trail: Trail, model: SplitModel, optimizer: torch.optim.Optimizer) -> Hindsight:
+        """What to keep of a step until the next, before the optimizer changes parameters and the caller the batch."""
+        groups = groups_of(optimizer)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        rates = {name: float(rate_of(p, optimizer, groups.get(id(p)))) for name, p in trained}
+        return cls(
+            Trail(
+                {name: p.clone() for name, p in trail.shared.items()},
+                trail.own,
+                [replace(one, input=tree_map_only(Tensor, torch.clone, one.input)) for one in trail.encoded],
+                trail.ambient,
+            ),
+            rates,
+        )
+
+    def derivative(
+        self, model: SplitModel, tasks: Sequence[Task], passes: Passes, part: Part, mode: Mode, among: Collection[int]
+    ) -> Tensor:
+        """d(primaries' loss in this step)/d(weight in the step before) of `among`, zero for other tasks ``[T]``."""
+        ones = torch.tensor([float(task.primary) for task in tasks]).to(passes.losses[0])
+        found = combine(passes, Weights(ones, ones), ahead=True)
+        governed = parameters_of(model, passes, part)
+        along = {
+            name: found[p] / passes.scale.to(found[p]) * self.rates[name]
+            for name, p in governed.items()
+            if p in found and name in self.rates
+        }
+        return -self.trail.slopes(model, along, mode, among).to(passes.losses[0])
 
 
 def parameters_of(model: SplitModel, passes: Passes, part: Part) -> dict[str, nn.Parameter]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,16 @@ class StepFailure(ArithmeticError):
 
 class Overflow(ArithmeticError):
     """Gradients left the range of float16 under a GradScaler; the step is filled so that the scaler skips it."""
+
+
+class Recall(Protocol):
+    """What is known of the previous step."""
+
+    def progress(self) -> Progress | None:
+        """See `Signals.progress`."""
+
+    def hindsight(self, part: Part, mode: Mode, among: Collection[int]) -> Tensor | None:
+        """See `Signals.hindsight`."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,8 @@ class Signals:
         passes: Passes,
         iteration: int,
         epoch: int,
-        progress: Callable[[], Progress | None] = lambda: None,
-        lookahead: Callable[..., Tensor] | None = None,
+        recall: Recall,
+        lookahead: Callable[[Tensor, Part, Mode, Collection[int]], Tensor] | None = None,
     ) -> None:
         self.tasks = tuple(task.name for task in tasks)
         self.primary = torch.tensor([task.primary for task in tasks])
@@ -82,7 +92,8 @@ class Signals:
         self._tasks = tuple(tasks)
         self._passes = passes
         self._gramians: dict[str, Tensor] = {}
-        self._progress = functools.cache(progress)
+        self._progress = functools.cache(recall.progress)
+        self._recall = recall
         self._lookahead = lookahead
         self.part: Part = "all"
         self.labelled = passes.labelled
@@ -211,14 +222,34 @@ class Signals:
             MissingKey: for an unknown task.
             NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
         """
-        if mode not in get_args(Mode):
-            raise ValueError(f"the modes of a lookahead are {_listed(get_args(Mode))}; not {mode!r}")
         if self._lookahead is None:
             raise ValueError(
                 "this method looks ahead and needs step.backward(batch, validation=a_batch, optimizer=the_optimizer)"
             )
-        chosen = range(len(self.tasks)) if among is None else [self._index(task) for task in among]
-        return self._finite(self._lookahead(weights, self.part, mode, frozenset(chosen)))
+        return self._finite(self._lookahead(weights, self.part, _mode(mode), self._indices(among)))
+
+    def hindsight(self, *, mode: Mode = "exact", among: Sequence[str] | None = None) -> Tensor | None:
+        """d(loss of this step) / d(weight of each task in the previous step), ``[T]``; None in a first step.
+
+        The loss is the unweighted sum over the primary tasks, on this step's batch and at the present parameters, so
+        that training batches serve as validation batches of the steps before them. The derivative is that of
+        `lookahead`, −α ⟨v, ∇L_t⟩, with v the gradient here and ∇L_t those of the previous step.
+
+        Costs one more backward pass over the encoder and what the mode costs, as for `lookahead`; no validation batch.
+        Once it was asked for, a step keeps for the next a copy of its input and of the encoder's parameters, and the
+        tasks' gradients at the features and below. A step that failed leaves nothing to the next, and neither does a
+        resume under several processes unless each loads a state of its own.
+
+        Raises:
+            ValueError: for an unknown mode; from the step, if it was given no optimizer.
+            MissingKey: for an unknown task.
+            NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
+        """
+        found = self._recall.hindsight(self.part, _mode(mode), self._indices(among))
+        return None if found is None else self._finite(found)
+
+    def _indices(self, among: Sequence[str] | None) -> Collection[int]:
+        return frozenset(range(len(self.tasks)) if among is None else [self._index(task) for task in among])
 
     def _one_domain(self) -> None:
         domains = self._passes.domains
@@ -238,6 +269,12 @@ class Signals:
         if self._passes.scaled and not value.isfinite().all():
             raise Overflow
         return value
+
+
+def _mode(mode: Mode) -> Mode:
+    if mode not in get_args(Mode):
+        raise ValueError(f"the modes of a lookahead are {_listed(get_args(Mode))}; not {mode!r}")
+    return mode
 
 
 def _place(at: str) -> str:

@@ -155,14 +155,21 @@ def train(step: Step, data: Sequence[Batch], optimizer: torch.optim.Optimizer | 
     optimizer = optimizer or torch.optim.SGD(step.parameters(), lr=0.05, momentum=0.9)
     reports = []
     for batch in data:
-        step.epoch = step.iteration // 2
         optimizer.zero_grad()
-        reports.append(step.backward(batch))
+        reports.append(backward(step, batch, optimizer))
         optimizer.step()
     return reports
 
 
-def conformance(factory: Factory, *, equivariant: bool = True, **options: Any) -> type:
+def backward(step: Step, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> Report:
+    """A step with all that a method may ask for, two batches to the epoch; gradients are zero before."""
+    step.epoch = step.iteration // 2
+    half = Batch(batch.inputs.flip(1), {name: None if y is None else -y for name, y in batch.targets.items()})
+    optimizer = optimizer or torch.optim.SGD(step.parameters(), lr=0.05)
+    return step.backward(batch, validation=half, optimizer=optimizer)
+
+
+def conformance(factory: Factory, *, equivariant: bool = True, by_name: bool = False, **options: Any) -> type:
     """A class of tests for pytest that hold for every method.
 
     Args:
@@ -170,6 +177,8 @@ def conformance(factory: Factory, *, equivariant: bool = True, **options: Any) -
             processes run it too. The tasks are called a, b and c, and a is primary.
         equivariant: whether permuting the tasks permutes the weights. False for rules whose random draws depend on
             the order of the tasks: that test is then not among them.
+        by_name: whether a state of other tasks, or of the same in another order, is taken over by their names. True for
+            rules that allow tasks to come and go; other rules have to refuse it.
         options: passed on to `factory`.
     """
     build = functools.partial(factory, **options)
@@ -180,6 +189,10 @@ def conformance(factory: Factory, *, equivariant: bool = True, **options: Any) -
     if not equivariant:
         # What is not callable, pytest does not collect.
         Conformance.test_permuting_the_tasks_permutes_the_weights = None  # type: ignore[assignment, method-assign]
+    if by_name:
+        Conformance.test_state_of_other_tasks_is_refused = None  # type: ignore[assignment, method-assign]
+    else:
+        Conformance.test_state_of_other_tasks_is_taken_over_by_name = None  # type: ignore[assignment, method-assign]
     Conformance.__name__ = Conformance.__qualname__ = f"Conformance[{getattr(factory, '__name__', factory)}]"
     return Conformance
 
@@ -197,9 +210,8 @@ class _Conformance:
             if isinstance(step.encoder, Combiner):
                 step.encoder.register_forward_hook(lambda rule, given, output, seen=combined: seen.append(output))
             for batch in batches(5):
-                step.epoch = step.iteration // 2
                 step.zero_grad()
-                report = step.backward(batch)
+                report = backward(step, batch)
                 decoder = list(report.decoder_weights.values())
                 encoder = list(report.encoder_weights.values()) or decoder
                 expected = brute_force(step.model, step.tasks, batch, encoder, decoder, dict(step.shapers.items()))
@@ -244,13 +256,27 @@ class _Conformance:
             else:
                 raise AssertionError("the state of tasks in another order was loaded")
 
+    def test_state_of_other_tasks_is_taken_over_by_name(self) -> None:
+        tasks, order = tiny_tasks(), [2, 0, 1]
+        permuted = [tasks[i] for i in order]
+        first = Step(problem(), tasks, self.method(tasks))
+        train(first, batches(4))
+        second = Step(problem(), permuted, self.method(permuted))
+        second.load_state_dict(first.state_dict())
+        last = batches(5)[4]
+        for step in (first, second):
+            step.zero_grad()
+        reports = [backward(step, last) for step in (first, second)]
+        for name, weight in reports[0].encoder_weights.items():
+            close(reports[1].encoder_weights[name], weight, name)
+
     def test_a_task_without_labels_contributes_nothing(self) -> None:
         tasks, model = tiny_tasks(), problem()
         step = Step(model, tasks, self.method(tasks))
         for batch in batches(3):
             step.zero_grad()
             absent = torch.full_like(batch.targets["b"], math.nan)
-            report = step.backward(Batch(batch.inputs, {**batch.targets, "b": absent}))
+            report = backward(step, Batch(batch.inputs, {**batch.targets, "b": absent}))
             assert report.losses["b"] == 0
             found = gradients(step)
             assert all(g.isfinite().all() for g in found.values())
@@ -258,7 +284,7 @@ class _Conformance:
             shared = [g for name, g in found.items() if name.startswith("model.shared")]
             assert any(g.any() for g in shared), "the tasks that have labels do not train the encoder"
             step.zero_grad()
-            assert step.backward(Batch(batch.inputs, {**batch.targets, "b": None})).losses["b"] == 0
+            assert backward(step, Batch(batch.inputs, {**batch.targets, "b": None})).losses["b"] == 0
 
     def test_extreme_loss_scales_stay_finite(self) -> None:
         for scale in (1e-6, 1e6):
@@ -267,7 +293,7 @@ class _Conformance:
             step = Step(problem(), tasks, self.method(tasks))
             for batch in batches(4):
                 step.zero_grad()
-                step.backward(batch)
+                backward(step, batch)
                 assert all(g.isfinite().all() for g in gradients(step).values())
 
     def test_single_precision_gives_the_same_gradients(self) -> None:
@@ -285,7 +311,7 @@ class _Conformance:
         step = Step(model, tasks, self.method(tasks))
         norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm1d))
         for count, batch in enumerate(batches(3), start=1):
-            step.backward(batch)
+            backward(step, batch)
             assert norm.num_batches_tracked == count
 
     def test_permuting_the_tasks_permutes_the_weights(self) -> None:
@@ -295,9 +321,8 @@ class _Conformance:
         steps = [Step(problem(), some, self.method(some)) for some in (tasks, permuted)]
         for batch in batches(5):
             for step in steps:
-                step.epoch = step.iteration // 2
                 step.zero_grad()
-                step.backward(batch)
+                backward(step, batch)
             first, second = (gradients(step.model) for step in steps)
             for name, gradient in first.items():
                 close(gradient, second[name], name)
@@ -313,9 +338,8 @@ class _Conformance:
 def _after(steps: Mapping[torch.dtype, Step], whole: Batch, single: Batch) -> list[Step]:
     """The two steps, each after one batch in its precision."""
     for step, batch in zip(steps.values(), (whole, single), strict=True):
-        step.epoch = step.iteration // 2
         step.zero_grad()
-        step.backward(batch)
+        backward(step, batch)
     return list(steps.values())
 
 

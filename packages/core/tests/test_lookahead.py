@@ -433,6 +433,24 @@ def test_an_operator_without_forward_derivative_is_named():
     assert rule.found[0].isfinite().all()
 
 
+def test_a_validation_batch_may_be_made_when_it_is_needed():
+    tasks, model = tiny_tasks(), problem()
+    first, second = batches(2)
+    made = []
+
+    def make():
+        made.append(second)
+        return second
+
+    given = {"validation": make, "optimizer": sgd(model.parameters())}
+    Step(model, tasks, Method()).backward(first, **given)
+    assert not made
+    rule = Looking(tasks)
+    Step(model, tasks, Method(encoder=rule)).backward(first, **given)
+    assert len(made) == 1
+    close(rule.found[0], written_out(model, tasks, first, second, WEIGHTS, given["optimizer"]), "lookahead")
+
+
 def test_what_is_missing_is_said():
     tasks, model = tiny_tasks(), problem()
     first, second = batches(2)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sidetask_core import Report, parallel
+from sidetask_core import Batch, Report, parallel
 from torch import Tensor
 
 from sidetask_bench import runtime
@@ -18,6 +18,7 @@ from sidetask_bench.schema import ExperimentError
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
 
+_PROBE_SEED = 1_000_003
 Values = dict[str, dict[str, Tensor]]
 
 
@@ -42,6 +43,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
         self.config, self.training, self.data, self.device = config, config.training, dataset.train, device
+        self.probes = dataset.train if config.training.lookahead == "train" else dataset.validation
         self.step = make_step(config, dataset).to(device)
         parallel.broadcast(self.step)
         self.optimizer = make_optimizer(
@@ -134,7 +136,20 @@ class Trainer:
     def _backward(self, batch: Any) -> Report:
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.training.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return self.step.backward(batch, scaler=self.scaler)
+            return self.step.backward(batch, validation=self._probe, optimizer=self.optimizer, scaler=self.scaler)
+
+    def _probe(self) -> Batch:
+        """The batch to look ahead at: another one in every step, by its number alone."""
+        split = self.probes
+        size = self.training.batch_size
+        # A split that is smaller than a batch gives what it can share.
+        size = min(size, len(split) // parallel.world() * parallel.world())
+        number = split.count(size)
+        epoch, start = divmod(self.total, number)
+        # Its own order, or training batches would meet themselves.
+        order = {"seed": self.config.seed + _PROBE_SEED, "epoch": epoch}
+        share = {"rank": parallel.rank(), "world": parallel.world()}
+        return next(split.batches(size, **order, **share, start=start))
 
     def _update(self) -> None:
         if self.training.accumulate > 1:

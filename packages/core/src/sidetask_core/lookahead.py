@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -221,14 +221,14 @@ class Lookahead:
         model: the network.
         tasks: its tasks.
         ambient: the precision of the forward pass.
-        validation: the batch whose loss is to fall.
+        validation: the batch whose loss is to fall, or a function that gives it.
         optimizer: what will take the step.
     """
 
     model: SplitModel
     tasks: Sequence[Task]
     ambient: torch.autocast
-    validation: Batch
+    validation: Batch | Callable[[], Batch]
     optimizer: torch.optim.Optimizer
 
     def derivative(self, passes: Passes, weights: Tensor, part: Part, mode: Mode, among: Collection[int]) -> Tensor:
@@ -247,10 +247,11 @@ class Lookahead:
     def _validation_gradient(self, scale: Tensor, after: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """∇ of the primaries' unweighted validation loss at the parameters after the step, over all processes."""
         primaries = [task for task in self.tasks if task.primary]
+        batch = self.validation if isinstance(self.validation, Batch) else self.validation()
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in after.items()}
 
         def compute(model: SplitModel) -> list[Tensor | None]:
-            losses, _ = losses_of(model, primaries, self.validation, {})
+            losses, _ = losses_of(model, primaries, batch, {})
             total = torch.stack([loss.to(losses[0]) for loss in losses]).sum() * scale.to(losses[0])
             if not total.requires_grad or not leaves:
                 return [None] * len(leaves)

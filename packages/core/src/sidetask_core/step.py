@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -178,7 +178,7 @@ class Step(nn.Module):
         self,
         batch: Batch,
         *,
-        validation: Batch | None = None,
+        validation: Batch | Callable[[], Batch] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> Report:
@@ -186,7 +186,8 @@ class Step(nn.Module):
 
         Args:
             batch: inputs and labels of this process.
-            validation: inputs and labels of the batch that methods which look ahead want to do well on.
+            validation: inputs and labels of the batch that methods which look ahead want to do well on, or a function
+                that gives it, called only if a rule does look ahead.
             optimizer: what will take the step, read by such methods.
             scaler: as in ``scaler.scale(loss).backward()``: gradients come out scaled, for
                 ``scaler.step(optimizer)``; rules see unscaled signals.
@@ -203,7 +204,7 @@ class Step(nn.Module):
     def _backward(
         self,
         batch: Batch,
-        validation: Batch | None,
+        validation: Batch | Callable[[], Batch] | None,
         optimizer: torch.optim.Optimizer | None,
         scaler: torch.amp.GradScaler | None,
     ) -> Report:

@@ -1,172 +1,37 @@
-"""The checks that every method must pass, for the author of one.
-
-In a pytest file of your package, one line:
-
-    from sidetask_core.testing import conformance
-    from my_package import my_method
-
-    TestMyMethod = conformance(my_method)
-
-`problem` gives the tiny networks these checks run on, and `brute_force` the gradients they compare with.
-"""
+"""What holds for every method, as tests."""
 
 from __future__ import annotations
 
-import atexit
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sidetask_core.method import Combiner, Method
 from sidetask_core.split import SplitModel
-from sidetask_core.step import Report, Step
+from sidetask_core.step import Step
 from sidetask_core.task import Batch, Task
+from sidetask_core.testing.problems import (
+    SPLITS,
+    backward,
+    batches,
+    brute_force,
+    close,
+    gradients,
+    labelled,
+    problem,
+    squared,
+    tiny_tasks,
+    train,
+)
+from sidetask_core.testing.processes import in_two_processes
 
 Factory = Callable[..., Method]
-NAMES = ("a", "b", "c")
-SPLITS = ("shared bottom", "half-shared", "two heads on one branch")
-
-
-def squared(prediction: Tensor, target: Tensor) -> Tensor:
-    """Element losses of the tiny problems."""
-    return (prediction - target).square()
-
-
-def _scaled(scale: float, prediction: Tensor, target: Tensor) -> Tensor:
-    return scale * squared(prediction, target)
-
-
-def labelled(target: Tensor) -> Tensor:
-    """Labels of the tiny problems are missing where they are NaN."""
-    return ~target.isnan()
-
-
-def tiny_tasks(names: Sequence[str] = NAMES) -> list[Task]:
-    """One regression task for each name, the first of them primary."""
-    return [Task(name, squared, valid=labelled, primary=i == 0) for i, name in enumerate(names)]
-
-
-def problem(
-    split: str = "shared bottom",
-    *,
-    names: Sequence[str] = NAMES,
-    norm: bool = False,
-    dtype: torch.dtype = torch.float64,
-) -> SplitModel:
-    """A tiny network, always the same.
-
-    Args:
-        split: one of `SPLITS`.
-        names: the tasks.
-        norm: put a BatchNorm into the shared layers.
-        dtype: of the parameters.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        first: list[nn.Module] = [nn.Linear(4, 6), nn.Tanh()]
-        if norm:
-            first.insert(1, nn.BatchNorm1d(6))
-        stages = [nn.Sequential(*first), nn.Sequential(nn.Linear(6, 5), nn.Tanh())]
-        heads = {name: nn.Linear(5, 2) for name in names}
-        if split == "two heads on one branch":
-            other = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
-            route = {name: "both" if i < 2 else "other" for i, name in enumerate(names)}
-            branches = {"both": stages[1]} | ({"other": other} if len(names) > 2 else {})
-            model = SplitModel(stages[0], heads, branches, route)
-        else:
-            model = SplitModel.from_stages(stages, 2 if split == "shared bottom" else 1, heads)
-    return model.to(dtype)
-
-
-def batches(
-    count: int, size: int = 6, *, names: Sequence[str] = NAMES, dtype: torch.dtype = torch.float64
-) -> list[Batch]:
-    """Random batches, always the same."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    return [Batch(draw(size, 4), {name: draw(size, 2) for name in names}) for _ in range(count)]
-
-
-def brute_force(
-    model: SplitModel,
-    tasks: Sequence[Task],
-    batch: Batch,
-    encoder: Sequence[Tensor],
-    decoder: Sequence[Tensor],
-    shapers: Mapping[str, nn.Module] | None = None,
-) -> dict[str, Tensor]:
-    """Gradients by one `torch.autograd.grad` per task over an uncut graph, weighted by hand.
-
-    Args:
-        model: the network.
-        tasks: the tasks, in the order of the weights.
-        batch: what to run it on.
-        encoder: weights of the tasks for shared parameters.
-        decoder: weights of the tasks for their own parameters.
-        shapers: task name to what weighs its elements.
-    """
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    shared = {id(p) for p in model.shared_parameters()}
-    total = {name: torch.zeros_like(p) for name, p in zip(names, parameters, strict=True)}
-    for task, above, below in zip(tasks, encoder, decoder, strict=True):
-        prediction = model(batch.input_of(task))[task.name]
-        target = batch.target_of(task)
-        elements = task.elements(prediction, target)
-        each = dict(zip(task.objectives or [""], (losses.detach() for losses, _ in elements), strict=True))
-        weights = dict.fromkeys(each, 1.0)
-        if shapers and task.name in shapers:
-            found = shapers[task.name](each if task.objectives else each[""], target)
-            weights = found if task.objectives else {"": found}
-        loss = torch.zeros((), dtype=elements[0][0].dtype)
-        for name, (losses, mask) in zip(each, elements, strict=True):
-            shaped = losses * weights[name]
-            mask = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
-            loss = loss + shaped[mask].sum() / mask.sum().clamp(min=1)
-        for key, p, g in zip(names, parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-            if g is not None:
-                total[key] += g * (above if id(p) in shared else below).to(g)
-    return total
-
-
-def close(found: Tensor, expected: Tensor, what: str, rtol: float = 1e-9) -> None:
-    """Assert that two tensors agree to `rtol`, and say which they are if they do not."""
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-12, msg=lambda text: f"{what}: {text}")
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter's `.grad`, zeros where it is None."""
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
-
-
-def train(step: Step, data: Sequence[Batch], optimizer: torch.optim.Optimizer | None = None) -> list[Report]:
-    """A plain training loop over `data`, two batches to the epoch."""
-    optimizer = optimizer or torch.optim.SGD(step.parameters(), lr=0.05, momentum=0.9)
-    reports = []
-    for batch in data:
-        optimizer.zero_grad()
-        reports.append(backward(step, batch, optimizer))
-        optimizer.step()
-    return reports
-
-
-def backward(step: Step, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> Report:
-    """A step with all that a method may ask for, two batches to the epoch; gradients are zero before."""
-    step.epoch = step.iteration // 2
-    half = Batch(batch.inputs.flip(1), {name: None if y is None else -y for name, y in batch.targets.items()})
-    optimizer = optimizer or torch.optim.SGD(step.parameters(), lr=0.05)
-    return step.backward(batch, validation=half, optimizer=optimizer)
 
 
 def conformance(factory: Factory, *, equivariant: bool = True, by_name: bool = False, **options: Any) -> type:
@@ -371,51 +236,6 @@ def _run_share(build: Factory, rank: int, world: int) -> dict[str, Tensor]:
     return found
 
 
-def in_two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(*arguments, rank, world)`` in each of two gloo processes, which live as long as this one.
-
-    Function and arguments have to be importable by name.
-    """
-    pool = _pair()
-    futures = [pool.submit(_ranked, function, arguments) for _ in range(2)]
-    done, _ = wait(futures, timeout=300, return_when=FIRST_EXCEPTION)
-    if len(done) == 2 and not any(future.exception() for future in done):
-        return [future.result() for future in futures]
-    # A process that waits for one which failed cannot be asked to stop; the next call gets a new pair.
-    _pair.cache_clear()
-    for process in list(pool._processes.values()):
-        process.kill()
-    for future in done:
-        future.result()
-    raise TimeoutError(f"{getattr(function, '__name__', function)} did not end in two processes")
-
-
-@functools.cache
-def _pair() -> ProcessPoolExecutor:
-    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(2, context, _join, (str(Path(folder.name, "store")), context.Value("i", 0)))
-
-    def close() -> None:
-        pool.shutdown()
-        folder.cleanup()
-
-    atexit.register(close)
-    return pool
-
-
-def _join(store: str, counter: Any) -> None:
-    with counter.get_lock():
-        rank = counter.value
-        counter.value += 1
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-
-
-def _ranked(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    return function(*arguments, dist.get_rank(), dist.get_world_size())
-
-
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a, b)
@@ -424,3 +244,7 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     return bool(a == b)
+
+
+def _scaled(scale: float, prediction: Tensor, target: Tensor) -> Tensor:
+    return scale * squared(prediction, target)

@@ -463,6 +463,8 @@ def test_what_is_missing_is_said():
         Step(model, tasks, Method(encoder=Looking(tasks, mode="forward"))).backward(first, **given)
     with pytest.raises(MissingKey, match="there is no task 'd'"):
         Step(model, tasks, Method(encoder=Looking(tasks, among=["d"]))).backward(first, **given)
+    with pytest.raises(ValueError, match="trains no parameter of the step's model"):
+        step.backward(first, validation=second, optimizer=sgd(problem().parameters()))
     uphill = sgd(model.parameters(), maximize=True)
     with pytest.raises(ValueError, match="maximizes"):
         step.backward(first, validation=second, optimizer=uphill)

@@ -67,9 +67,16 @@ class Move:
         return cls(here - group["lr"] * step, rate_of(parameter, optimizer, group))
 
 
-def groups_of(optimizer: torch.optim.Optimizer) -> dict[int, Group]:
-    """The options of each parameter of an optimizer, by its id."""
-    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+def groups_of(optimizer: torch.optim.Optimizer, model: SplitModel) -> dict[int, Group]:
+    """The options of each parameter of an optimizer, by its id.
+
+    Raises:
+        ValueError: if it trains no parameter of the model: then no weight would seem to matter.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in groups for p in model.parameters()):
+        raise ValueError("the optimizer given to step.backward trains no parameter of the step's model")
+    return groups
 
 
 def rate_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, group: Group | None) -> float | Tensor:
@@ -149,6 +156,18 @@ class Trail:
                         more = gradient / passes.scale.to(gradient) if passes.scaled else gradient
                         own[t][name] = own[t][name] + more if name in own[t] else more
         return cls({names[id(p)]: p.detach() for p in passes.shared}, own, encoded, ambient)
+
+    def of_tasks(self, names: Sequence[str], wanted: Sequence[str]) -> Trail:
+        """The same for the tasks `wanted` of a step of tasks `names`, by name; new tasks have no gradients."""
+        if list(names) == list(wanted):
+            return self
+        own = [self.own[names.index(name)] if name in names else {} for name in wanted]
+        encoded = []
+        for one in self.encoded:
+            rows = [i for i, t in enumerate(one.tasks) if names[t] in wanted]
+            tasks = [wanted.index(names[one.tasks[i]]) for i in rows]
+            encoded.append(replace(one, tasks=tasks, gradients=one.gradients[rows]))
+        return replace(self, own=own, encoded=encoded)
 
     def slopes(self, model: SplitModel, along: Mapping[str, Tensor], mode: Mode, among: Collection[int]) -> Tensor:
         """⟨direction, ∇L_t⟩ of the tasks `among`, zero for others ``[T]``, over all processes; no head is run again.
@@ -236,7 +255,7 @@ class Lookahead:
         governed = parameters_of(self.model, passes, part)
         found = combine(passes, Weights(weights, weights), ahead=True)
         gradients = {name: found[p] / passes.scale.to(found[p]) for name, p in governed.items() if p in found}
-        groups = groups_of(self.optimizer)
+        groups = groups_of(self.optimizer, self.model)
         moves = {
             name: Move.of(p, gradients.get(name), self.optimizer, groups.get(id(p))) for name, p in governed.items()
         }
@@ -278,7 +297,7 @@ class Hindsight:
     @classmethod
     def of(cls, trail: Trail, model: SplitModel, optimizer: torch.optim.Optimizer) -> Hindsight:
         """What to keep of a step until the next, before the optimizer changes parameters and the caller the batch."""
-        groups = groups_of(optimizer)
+        groups = groups_of(optimizer, model)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         rates = {name: float(rate_of(p, optimizer, groups.get(id(p)))) for name, p in trained}
         return cls(

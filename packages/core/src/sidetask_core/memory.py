@@ -75,7 +75,8 @@ class Memory:
                 one["random"] = (one["random"].host, one["random"].device)
             precision = (ambient.device, str(ambient.fast_dtype).removeprefix("torch."), ambient._enabled)
             hindsight = (trail.shared, trail.own, inputs, precision, self.hindsight.rates)
-        return {"past": past, "hindsight": hindsight, "rank": parallel.rank()}
+        names = [task.name for task in self.tasks]
+        return {"tasks": names, "past": past, "hindsight": hindsight, "rank": parallel.rank()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state, unless it is another process's."""
@@ -87,14 +88,16 @@ class Memory:
         def there(saved: Any) -> Any:
             return tree_map_only(Tensor, lambda tensor: tensor.to(device), saved)
 
-        if state["past"] is not None:
+        names = [task.name for task in self.tasks]
+        if state["past"] is not None and names == state["tasks"]:
             inputs, targets, losses, labelled = there(state["past"])
             self.past = Past(Batch(inputs, targets), losses, labelled)
         if state["hindsight"] is not None:
             shared, own, inputs, (kind, precision, enabled), rates = state["hindsight"]
             ambient = torch.autocast(kind, getattr(torch, precision), enabled)
             held = [Encoded(**(there(one) | {"random": RandomState(*one["random"])})) for one in inputs]
-            self.hindsight = Hindsight(Trail(there(shared), there(own), held, ambient), dict(rates))
+            trail = Trail(there(shared), there(own), held, ambient)
+            self.hindsight = Hindsight(trail.of_tasks(state["tasks"], names), dict(rates))
 
 
 @dataclass

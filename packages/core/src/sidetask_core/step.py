@@ -231,10 +231,8 @@ class Step(nn.Module):
                 # NaN reaches every gradient, so that the scaler skips the step and lowers its scale.
                 nan = torch.full_like(signals.losses, torch.nan)
                 weights, rule_gradients = Weights(nan, nan, None), {}
-            if self._memory.wants_hindsight:
-                if optimizer is None:
-                    raise ValueError("a rule looks back at each step and needs step.backward(batch, optimizer=...)")
-                self._memory.keep_trail(passes, ambient, optimizer)
+            else:
+                self._keep_trail(passes, ambient, optimizer)
             for parameter, gradient in rule_gradients.items():
                 rule_gradients[parameter] = gradient * passes.scale.to(gradient)
             accumulate(rule_gradients | combine(passes, weights))
@@ -246,6 +244,12 @@ class Step(nn.Module):
             decoder_weights=self._by_name(weights.decoder),
             encoder_weights=self._by_name(weights.encoder) if weights.combined is None else {},
         )
+
+    def _keep_trail(self, passes: Passes, ambient: torch.autocast, optimizer: torch.optim.Optimizer | None) -> None:
+        if self._memory.wants_hindsight:
+            if optimizer is None:
+                raise ValueError("a rule looks back at each step and needs step.backward(batch, optimizer=...)")
+            self._memory.keep_trail(passes, ambient, optimizer)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Iteration, epoch, what is still to be checked, and what is kept for rules that ask about the last step.

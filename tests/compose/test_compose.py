@@ -58,7 +58,7 @@ def train(step, optimizer, iterations):
     for iteration in iterations:
         step.epoch = iteration // 2
         optimizer.zero_grad()
-        report = step.backward(batch())
+        report = step.backward(batch(), validation=batch, optimizer=optimizer)
         totals.append(sum(report.losses.values()))
         missing = [name for name, parameter in step.named_parameters() if parameter.grad is None]
         assert not missing

@@ -135,7 +135,7 @@ def test_nothing_is_kept_unless_it_was_asked_for():
         step.backward(batch)
         del batch
         gc.collect()
-        return watch() is not None, step._last is not None
+        return watch() is not None, step._memory.past is not None
 
     assert kept(Step(problem(), tiny_tasks(), Method())) == (False, False)
     # Of a batch that was asked for there is a copy.
@@ -168,7 +168,7 @@ def progress_of_share(rank, world):
     state = step.state_dict()
     if world > 1 and rank == 1:
         # Process 0 saved, everyone loads: this one's batch is not among it.
-        state["_extra_state"]["last"] = (*state["_extra_state"]["last"][:-1], 0)
+        state["_extra_state"]["memory"]["rank"] = 0
     step.load_state_dict(state)
     step.backward(batches(1)[0])
     found = step.encoder.seen

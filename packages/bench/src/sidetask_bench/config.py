@@ -121,7 +121,8 @@ class Training:
     where there is one. `deterministic` asks CUDA for repeatable kernels; on the CPU they are repeatable anyway.
     `select: best` tests the epoch with the best validation score (`sidetask_bench.evaluate.score`), and of tasks that
     share no parameter each one's own best (`sidetask_bench.selection`); `last` tests the last one.
-    A checkpoint is written after every epoch, and every `checkpoint_every` optimizer steps if given.
+    Methods that look ahead want to do well on batches of the split `lookahead`; its training batches are not those of
+    the step. A checkpoint is written after every epoch, and every `checkpoint_every` optimizer steps if given.
     """
 
     epochs: int = limited(10, minimum=1)
@@ -133,6 +134,7 @@ class Training:
     clip: float | None = limited(None, above=0)
     accumulate: int = limited(1, minimum=1)
     select: Literal["best", "last"] = "best"
+    lookahead: Literal["validation", "train"] = "validation"
     checkpoint_every: int | None = limited(None, minimum=1)
     device: str = "auto"
     threads: int | None = limited(None, minimum=1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sidetask_core import Report, parallel
+from sidetask_core import Batch, Report, parallel
 from torch import Tensor
 
 from sidetask_bench import runtime
@@ -18,6 +19,7 @@ from sidetask_bench.schema import ExperimentError
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
 
+_PROBE_SEED = 1_000_003
 Values = dict[str, dict[str, Tensor]]
 
 
@@ -42,6 +44,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
         self.config, self.training, self.data, self.device = config, config.training, dataset.train, device
+        self.probes = dataset.train if config.training.lookahead == "train" else dataset.validation
+        self.next_probe: tuple[int, Iterator[Batch]] | None = None
         self.step = make_step(config, dataset).to(device)
         parallel.broadcast(self.step)
         self.optimizer = make_optimizer(
@@ -81,7 +85,8 @@ class Trainer:
         for _ in range(self.position, self.steps_per_epoch):
             self._set_learning_rate()
             self.optimizer.zero_grad(set_to_none=True)
-            reports = [self._backward(next(batches)) for _ in range(training.accumulate)]
+            first = self.total * training.accumulate
+            reports = [self._backward(next(batches), first + i) for i in range(training.accumulate)]
             self._update()
             self.position += 1
             self.total += 1
@@ -131,10 +136,26 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def _backward(self, batch: Any) -> Report:
+    def _backward(self, batch: Any, index: int) -> Report:
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.training.precision)
+        validation = functools.partial(self._probe, index)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return self.step.backward(batch, scaler=self.scaler)
+            return self.step.backward(batch, validation=validation, optimizer=self.optimizer, scaler=self.scaler)
+
+    def _probe(self, index: int) -> Batch:
+        """The batch that the step of this number looks ahead at."""
+        world = parallel.world()
+        # A split that is smaller than a batch gives what the processes can share.
+        size = min(self.training.batch_size, len(self.probes) // world * world)
+        epoch, start = divmod(index, self.probes.count(size))
+        if self.next_probe is None or self.next_probe[0] != index or start == 0:
+            # An order of its own, or training batches would meet themselves.
+            seed = self.config.seed + _PROBE_SEED
+            batches = self.probes.batches(size, seed=seed, epoch=epoch, rank=parallel.rank(), world=world, start=start)
+        else:
+            batches = self.next_probe[1]
+        self.next_probe = (index + 1, batches)
+        return next(batches)
 
     def _update(self) -> None:
         if self.training.accumulate > 1:

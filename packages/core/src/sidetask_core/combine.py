@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sidetask_core import parallel
-from sidetask_core.passes import Domain, Gradients, Passes, vector_jacobian
+from sidetask_core.passes import Ahead, Domain, Gradients, Passes, vector_jacobian
 from sidetask_core.signals import Place
 
 
@@ -47,12 +47,18 @@ class _Sum:
                 self.gradients[i] = term if so_far is None else so_far.add_(term)
 
 
-def combine(passes: Passes, weights: Weights) -> dict[nn.Parameter, Tensor]:
-    """The gradient of every parameter that the losses reach, summed over processes."""
+def combine(passes: Passes, weights: Weights, ahead: bool = False) -> dict[nn.Parameter, Tensor]:
+    """The gradient of every parameter that the losses reach, summed over processes.
+
+    Whoever asks `ahead` of the step leaves everything in place for the step, which pays nothing twice: gradients below
+    the cut are kept for each task, and those above are the step's own if it has the same encoder weights.
+    """
     local: dict[nn.Parameter, Tensor] = {}
     at_features: Gradients = []
     for domain in passes.domains:
-        at_features += _below(passes, domain, weights, local)
+        if ahead:
+            passes.feature_gradients(domain)
+        at_features += _below(passes, domain, weights, local, ahead)
     whole: dict[nn.Parameter, Tensor] = {}
     over_parameters = weights.combined is not None and weights.combined.at == "parameters"
     if over_parameters or (weights.combined is None and passes.has_parameter_gradients()):
@@ -62,10 +68,15 @@ def combine(passes: Passes, weights: Weights) -> dict[nn.Parameter, Tensor]:
         for parameter, part, reached in zip(passes.shared, parts, used, strict=True):
             if reached:
                 whole[parameter] = part.view_as(parameter).to(parameter.dtype)
+    elif passes.ahead is not None and passes.ahead.under(weights.encoder):
+        _add(local, passes.shared, passes.ahead.gradients)
     else:
         above = [tensor for domain in passes.domains for tensor in domain.cut.above]
-        # An earlier read of parameter gradients keeps the graph; nothing comes after this pass.
-        _add(local, passes.shared, vector_jacobian(above, at_features, passes.shared, retain=False))
+        # An earlier read of parameter gradients keeps the graph; nothing comes after the step's own pass.
+        shared = vector_jacobian(above, at_features, passes.shared, retain=ahead)
+        if ahead:
+            passes.ahead = Ahead(weights.encoder, weights.encoder._version, shared)
+        _add(local, passes.shared, shared)
     parameters = passes.trainable
     summed = parallel.add_gradients(parameters, [local.get(p) for p in parameters])
     for parameter, gradient in zip(parameters, summed, strict=True):
@@ -74,14 +85,16 @@ def combine(passes: Passes, weights: Weights) -> dict[nn.Parameter, Tensor]:
     return whole
 
 
-def _below(passes: Passes, domain: Domain, weights: Weights, local: dict[nn.Parameter, Tensor]) -> Gradients:
+def _below(
+    passes: Passes, domain: Domain, weights: Weights, local: dict[nn.Parameter, Tensor], keep: bool
+) -> Gradients:
     """Collect the gradients of heads and branches in `local`; return the weighted gradient at the features."""
     cut = domain.cut
     matrix = domain.gradients
     at_features = _Sum(len(cut.below))
     at_branches = {id(b): (_Sum(len(b.cut.below)), _Sum(len(b.cut.below))) for b in domain.branches}
     for t in domain.tasks:
-        own, at_cut = passes.head(t)
+        own, at_cut = passes.head(t, keep)
         weighted = _Sum(len(own))
         weighted.add(own, weights.decoder[t])
         _add(local, passes.own[t], weighted.gradients)

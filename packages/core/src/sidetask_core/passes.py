@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sidetask_core import parallel
+from sidetask_core.aside import RandomState, device_of
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task, masked_sum
 
 Gradients = list[Tensor | None]
 Elements = list[tuple[Tensor, Tensor | None]]
+Sums = list[tuple[Tensor, Tensor]]
 
 
 class Cut:
@@ -33,12 +35,15 @@ class Cut:
         self.below: list[Tensor] = []
         # One leaf for each tensor, whatever number of names it has: its gradient is one.
         leaves: dict[int, Tensor] = {}
+        # Where they are in the flattened structure.
+        self.places: list[int] = []
         for i, tensor in enumerate(tensors):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 if id(tensor) not in leaves:
                     leaves[id(tensor)] = tensor.detach().requires_grad_()
                     self.above.append(tensor)
                     self.below.append(leaves[id(tensor)])
+                    self.places.append(i)
                 tensors[i] = leaves[id(tensor)]
             elif not isinstance(tensor, (Tensor, bool, int, float, complex, str, NoneType)):
                 raise TypeError(
@@ -70,13 +75,29 @@ class Branch:
 class Domain:
     """One input, its shared features, and the tasks that read them.
 
-    `gradients` holds the tasks' unscaled gradients at the features ``[tasks of the domain, D]``, once asked for.
+    `gradients` holds the tasks' unscaled gradients at the features ``[tasks of the domain, D]``, once asked for, and
+    `random` the random state before the input was encoded.
     """
 
     cut: Cut
+    input: Any
+    random: RandomState
     tasks: list[int] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
     gradients: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Gradients of the shared parameters under some encoder weights, found ahead of the step."""
+
+    weights: Tensor
+    version: int
+    gradients: Gradients
+
+    def under(self, weights: Tensor) -> bool:
+        """Whether `weights` are the very same memory, unchanged since."""
+        return weights.data_ptr() == self.weights.data_ptr() and weights._version == self.version
 
 
 class Passes:
@@ -106,6 +127,8 @@ class Passes:
         self.scale = one if scaler is None else scaler.scale(one)
         self._heads: dict[int, tuple[Gradients, Gradients]] = {}
         self._parameters: tuple[Tensor, list[bool]] | None = None
+        # Gradients of the shared parameters under some encoder weights, if they were asked for ahead of the step.
+        self.ahead: Ahead | None = None
 
     def _forward(
         self, model: SplitModel, tasks: Sequence[Task], batch: Batch, shapers: Mapping[str, nn.Module]
@@ -113,24 +136,24 @@ class Passes:
         # Targets are looked up before anything is computed, so that a missing one leaves no trace in BatchNorm.
         inputs = [batch.input_of(task) for task in tasks]
         targets = [batch.target_of(task) for task in tasks]
+        device = device_of(model)
         by_input: dict[int, Domain] = {}
         for t, one in enumerate(inputs):
             if id(one) not in by_input:
-                by_input[id(one)] = Domain(Cut(model.encode(one)))
+                before = RandomState.of(device)
+                by_input[id(one)] = Domain(Cut(model.encode(one)), one, before)
             self.domain_of.append(by_input[id(one)])
             self.domain_of[t].tasks.append(t)
         self.domains = list(by_input.values())
-        read = [feature for domain in self.domains for feature in self._branches(model, tasks, domain)]
-        order = [t for domain in self.domains for t in domain.tasks]
-        sums = []
-        for t, task in enumerate(tasks):
-            features = read[order.index(t)]
-            elements = None
-            if targets[t] is not None:
-                elements = task.elements(model.heads[task.name](features), targets[t])
-                self.elements[t] = [(losses.detach(), mask) for losses, mask in elements]
-            sums.append(_sums(task, elements, features, targets[t], shapers))
-        self.losses, self.labelled = _means(sums)
+        sums: dict[int, Sums] = {}
+        for domain in self.domains:
+            for t, features in zip(domain.tasks, self._branches(model, tasks, domain), strict=True):
+                task, target, elements = tasks[t], targets[t], None
+                if target is not None:
+                    elements = task.elements(model.heads[task.name](features), target)
+                    self.elements[t] = [(losses.detach(), mask) for losses, mask in elements]
+                sums[t] = _sums(task, elements, features, target, shapers)
+        self.losses, self.labelled = _means([sums[t] for t in range(len(tasks))])
 
     def _branches(self, model: SplitModel, tasks: Sequence[Task], domain: Domain) -> list[Any]:
         """What each task's head reads, in the order of the domain's tasks; every branch is computed once."""
@@ -152,17 +175,23 @@ class Passes:
                 read[t] = output
         return [read[t] for t in domain.tasks]
 
-    def head(self, t: int) -> tuple[Gradients, Gradients]:
-        """Task t's gradients of its own parameters and at its cut, traversing its head once; handed out once."""
+    def head(self, t: int, keep: bool = False) -> tuple[Gradients, Gradients]:
+        """Task t's gradients of its own parameters and at its cut, traversing its head once.
+
+        They are handed out once, unless whoever asks leaves them here for the next.
+        """
         if t in self._heads:
-            return self._heads.pop(t)
+            return self._heads[t] if keep else self._heads.pop(t)
         cut = (self.branch_of[t] or self.domain_of[t]).cut.below
         wanted = [*self.own[t], *cut]
         loss = self.losses[t]
         grads: Gradients = [None] * len(wanted)
         if loss.requires_grad and wanted:
             grads = list(torch.autograd.grad(loss, wanted, self.scale.to(loss), allow_unused=True))
-        return grads[: len(self.own[t])], grads[len(self.own[t]) :]
+        found = grads[: len(self.own[t])], grads[len(self.own[t]) :]
+        if keep:
+            self._heads[t] = found
+        return found
 
     def feature_gradients(self, domain: Domain) -> Tensor:
         """Every task's gradient at the features of `domain`, unscaled ``[tasks of the domain, D]``."""
@@ -225,6 +254,8 @@ def vector_jacobian(
 
 def _matrix(rows: int, columns: Sequence[Tensor]) -> Tensor:
     """An unfilled matrix with a column for every element of `columns`, in at least single precision."""
+    if not columns:
+        return torch.empty(rows, 0)
     widest = max((tensor.dtype for tensor in columns), key=lambda dtype: dtype.itemsize)
     dtype = widest if widest.itemsize >= 4 else torch.float32
     return torch.empty(rows, sum(tensor.numel() for tensor in columns), dtype=dtype, device=columns[0].device)
@@ -244,15 +275,14 @@ def losses_of(
     """The tasks' losses, this process's shares as in `Passes`, and which are labelled; over a graph without cuts."""
     inputs = [batch.input_of(task) for task in tasks]
     targets = [batch.target_of(task) for task in tasks]
-    features: dict[int, Any] = {}
+    # In the order of a step, so that layers which draw at random draw the same.
+    features = {id(one): model.encode(one) for one in {id(one): one for one in inputs}.values()}
     predictions: dict[str, Any] = {}
-    for one in inputs:
-        if id(one) not in features:
-            features[id(one)] = model.encode(one)
-            riders = [
-                task.name for task, x, y in zip(tasks, inputs, targets, strict=True) if x is one and y is not None
-            ]
-            predictions |= model.decode(features[id(one)], riders)
+    for key, shared in features.items():
+        riders = [
+            task.name for task, x, y in zip(tasks, inputs, targets, strict=True) if id(x) == key and y is not None
+        ]
+        predictions |= model.decode(shared, riders)
     sums = []
     for task, one, target in zip(tasks, inputs, targets, strict=True):
         elements = None if target is None else task.elements(predictions[task.name], target)
@@ -260,9 +290,7 @@ def losses_of(
     return _means(sums)
 
 
-def _sums(
-    task: Task, elements: Elements | None, features: Any, target: Any, shapers: Mapping[str, nn.Module]
-) -> list[tuple[Tensor, Tensor]]:
+def _sums(task: Task, elements: Elements | None, features: Any, target: Any, shapers: Mapping[str, nn.Module]) -> Sums:
     """Sum and number of the labelled elements of each objective, zeros if the batch has no label for the task."""
     if elements is None:
         return [(zero := _zero_like(features), zero)] * max(1, len(task.objectives))
@@ -271,7 +299,7 @@ def _sums(
     return [masked_sum(losses, mask) for losses, mask in elements]
 
 
-def _means(sums: Sequence[list[tuple[Tensor, Tensor]]]) -> tuple[list[Tensor], Tensor]:
+def _means(sums: Sequence[Sums]) -> tuple[list[Tensor], Tensor]:
     """This process's shares of the tasks' losses, and which tasks have a label on any process ``[T]``."""
     counts = torch.stack([count.to(sums[0][0][0]) for some in sums for _, count in some])
     of_tasks = parallel.add(counts).split([len(some) for some in sums])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from sidetask_core.passes import Passes
 from sidetask_core.task import MissingKey, Task, _listed, masked_sum
 
 Place = Literal["features", "parameters"]
+Mode = Literal["exact", "difference", "one-sided"]
+# What a rule's weights weigh, by the slots it fills: the encoder, branches and heads, or all parameters.
+Part = Literal["shared", "specific", "all"]
 
 
 class StepFailure(ArithmeticError):
@@ -23,6 +26,16 @@ class StepFailure(ArithmeticError):
 
 class Overflow(ArithmeticError):
     """Gradients left the range of float16 under a GradScaler; the step is filled so that the scaler skips it."""
+
+
+class Recall(Protocol):
+    """What is known of the previous step."""
+
+    def progress(self) -> Progress | None:
+        """See `Signals.progress`."""
+
+    def hindsight(self, part: Part, mode: Mode, among: Collection[int]) -> Tensor | None:
+        """See `Signals.hindsight`."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,8 @@ class Signals:
             which says nothing about the task: a rule should treat it as absent.
         iteration: index of this step since training began.
         epoch: the epoch the training loop set on the step.
+        part: the parameters whose gradients the rule weighs that is asked now: ``"shared"``, ``"specific"`` or
+            ``"all"``, by the slots it fills.
     """
 
     def __init__(
@@ -67,7 +82,8 @@ class Signals:
         passes: Passes,
         iteration: int,
         epoch: int,
-        progress: Callable[[], Progress | None] = lambda: None,
+        recall: Recall,
+        lookahead: Callable[[Tensor, Part, Mode, Collection[int]], Tensor] | None = None,
     ) -> None:
         self.tasks = tuple(task.name for task in tasks)
         self.primary = torch.tensor([task.primary for task in tasks])
@@ -76,7 +92,10 @@ class Signals:
         self._tasks = tuple(tasks)
         self._passes = passes
         self._gramians: dict[str, Tensor] = {}
-        self._progress = functools.cache(progress)
+        self._progress = functools.cache(recall.progress)
+        self._recall = recall
+        self._lookahead = lookahead
+        self.part: Part = "all"
         self.labelled = passes.labelled
         losses = passes.losses
         self.losses = parallel.add(torch.stack([loss.detach().to(losses[0]) for loss in losses]))
@@ -179,6 +198,59 @@ class Signals:
         """
         return self._progress()
 
+    def lookahead(self, weights: Tensor, *, mode: Mode = "exact", among: Sequence[str] | None = None) -> Tensor:
+        """d(validation loss after the step) / d(weight of each task in the step), ``[T]``, over all processes.
+
+        The step is the one that the optimizer would take with `weights` on the parameters that the rule weighs
+        (`part`); the loss is the unweighted sum over the primary tasks, on the batch given as `validation`. With v its
+        gradient there and α the learning rate, the derivative is −α ⟨v, ∇L_t⟩ (Liu et al., "Auto-λ", TMLR 2022).
+
+        Costs one more backward pass over the encoder (none if the step itself has these weights), a forward and a
+        backward pass over the validation batch for the primary tasks, and what the mode costs. BatchNorm statistics and
+        random state do not notice, and dropout draws what it drew in the step.
+
+        Args:
+            weights: of the tasks in the step ``[T]``.
+            mode: ``"exact"``, by a forward-mode derivative of the encoder, which costs about two forward passes of it;
+                ``"difference"``, by two forward passes of the encoder with displaced parameters; ``"one-sided"``, by
+                one. Heads are not run again.
+            among: the tasks whose derivatives are wanted; all if None. Others get zero, and tasks with inputs of their
+                own are not encoded for it.
+
+        Raises:
+            ValueError: if the step was given no validation batch or no optimizer, or for an unknown mode.
+            MissingKey: for an unknown task.
+            NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
+        """
+        if self._lookahead is None:
+            raise ValueError(
+                "this method looks ahead and needs step.backward(batch, validation=a_batch, optimizer=the_optimizer)"
+            )
+        return self._finite(self._lookahead(weights, self.part, _mode(mode), self._indices(among)))
+
+    def hindsight(self, *, mode: Mode = "exact", among: Sequence[str] | None = None) -> Tensor | None:
+        """d(loss of this step) / d(weight of each task in the previous step), ``[T]``; None in a first step.
+
+        The loss is the unweighted sum over the primary tasks, on this step's batch and at the present parameters, so
+        that training batches serve as validation batches of the steps before them. The derivative is that of
+        `lookahead`, −α ⟨v, ∇L_t⟩, with v the gradient here and ∇L_t those of the previous step.
+
+        Costs one more backward pass over the encoder and what the mode costs, as for `lookahead`; no validation batch.
+        Once it was asked for, a step keeps for the next a copy of its input and of the encoder's parameters, and the
+        tasks' gradients at the features and below. A step that failed leaves nothing to the next, and neither does a
+        resume under several processes unless each loads a state of its own.
+
+        Raises:
+            ValueError: for an unknown mode; from the step, if it was given no optimizer.
+            MissingKey: for an unknown task.
+            NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
+        """
+        found = self._recall.hindsight(self.part, _mode(mode), self._indices(among))
+        return None if found is None else self._finite(found)
+
+    def _indices(self, among: Sequence[str] | None) -> Collection[int]:
+        return frozenset(range(len(self.tasks)) if among is None else [self._index(task) for task in among])
+
     def _one_domain(self) -> None:
         domains = self._passes.domains
         if len(domains) > 1:
@@ -197,6 +269,12 @@ class Signals:
         if self._passes.scaled and not value.isfinite().all():
             raise Overflow
         return value
+
+
+def _mode(mode: Mode) -> Mode:
+    if mode not in get_args(Mode):
+        raise ValueError(f"the modes of a lookahead are {_listed(get_args(Mode))}; not {mode!r}")
+    return mode
 
 
 def _place(at: str) -> str:

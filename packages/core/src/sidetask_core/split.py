@@ -93,15 +93,14 @@ class SplitModel(nn.Module):
 
     def decode(self, features: Any, tasks: Iterable[str] | None = None) -> dict[str, Any]:
         """The predictions of `tasks` (default: all) from shared features; every branch is computed once."""
-        rode: dict[str | None, Any] = {None: features}
-        predictions = {}
-        for task in self.heads if tasks is None else tasks:
+        tasks = list(self.heads if tasks is None else tasks)
+        for task in tasks:
             self.check_head(task)
-            branch = self.route[task]
-            if branch is not None and branch not in rode:
+        rode: dict[str | None, Any] = {None: features}
+        for branch in dict.fromkeys(self.route[task] for task in tasks):
+            if branch is not None:
                 rode[branch] = self.branches[branch](features)
-            predictions[task] = self.heads[task](rode[branch])
-        return predictions
+        return {task: self.heads[task](rode[self.route[task]]) for task in tasks}
 
     def forward(self, inputs: Any, tasks: Iterable[str] | None = None) -> dict[str, Any]:
         """The predictions of `tasks` (default: all) for one input."""

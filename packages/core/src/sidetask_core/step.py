@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
-from torch.utils._pytree import tree_map_only
 
-from sidetask_core import parallel
-from sidetask_core.aside import aside
 from sidetask_core.combine import Combined, Weights, accumulate, combine
+from sidetask_core.lookahead import Lookahead
+from sidetask_core.memory import Memory
 from sidetask_core.method import Combiner, Method, Rule, Shaper, Weighting
-from sidetask_core.passes import Passes, losses_of
-from sidetask_core.signals import Overflow, Progress, Signals, StepFailure
+from sidetask_core.passes import Passes
+from sidetask_core.signals import Overflow, Signals, StepFailure
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task, _listed, check_tasks
 
@@ -68,15 +67,6 @@ class _Finite:
         if self.event is not None:
             self.event.synchronize()
         return self.flags.tolist()
-
-
-@dataclass(frozen=True)
-class _Last:
-    """The previous step's batch and its losses."""
-
-    batch: Batch
-    losses: Tensor
-    labelled: Tensor
 
 
 class Step(nn.Module):
@@ -162,9 +152,7 @@ class Step(nn.Module):
         self.iteration = 0
         self.epoch = 0
         self._unchecked: _Finite | None = None
-        self._wants_progress = False
-        self._agreed = True
-        self._last: _Last | None = None
+        self._memory = Memory(model, tasks, dict(self.shapers.items()))
 
     def rules(self) -> Iterator[Rule]:
         """The encoder's and the decoder's rule, once if they are the same, none for an empty slot."""
@@ -186,11 +174,21 @@ class Step(nn.Module):
         """The network of the primary tasks, nothing else; modules are shared with this step's model."""
         return self.model.restricted_to([task.name for task in self.tasks if task.primary])
 
-    def backward(self, batch: Batch, *, scaler: torch.amp.GradScaler | None = None) -> Report:
+    def backward(
+        self,
+        batch: Batch,
+        *,
+        validation: Batch | Callable[[], Batch] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Report:
         """Run the model on a batch and add every parameter's gradient to its `.grad`.
 
         Args:
             batch: inputs and labels of this process.
+            validation: inputs and labels of the batch that methods which look ahead want to do well on, or a function
+                that gives it, called only if a rule does look ahead.
+            optimizer: what will take the step, read by such methods.
             scaler: as in ``scaler.scale(loss).backward()``: gradients come out scaled, for
                 ``scaler.step(optimizer)``; rules see unscaled signals.
 
@@ -201,17 +199,26 @@ class Step(nn.Module):
             MissingKey: for a task whose input or target the batch lacks.
         """
         with functorch_config.patch(donated_buffer=False):
-            return self._backward(batch, scaler)
+            return self._backward(batch, validation, optimizer, scaler)
 
-    def _backward(self, batch: Batch, scaler: torch.amp.GradScaler | None) -> Report:
+    def _backward(
+        self,
+        batch: Batch,
+        validation: Batch | Callable[[], Batch] | None,
+        optimizer: torch.optim.Optimizer | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> Report:
         with torch.enable_grad():
             passes = Passes(self.model, self.tasks, batch, dict(self.shapers.items()), scaler)
         kind = passes.losses[0].device.type
         ambient = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        last, self._last = self._last, None
         with torch.autocast(kind, enabled=False), torch.no_grad():
-            progress = functools.partial(self._progress, last, ambient)
-            signals = Signals(self.tasks, passes, self.iteration, self.epoch, progress)
+            recall = self._memory.recall(passes, ambient)
+            lookahead = None
+            if validation is not None and optimizer is not None:
+                ahead = Lookahead(self.model, self.tasks, ambient, validation, optimizer)
+                lookahead = functools.partial(ahead.derivative, passes)
+            signals = Signals(self.tasks, passes, self.iteration, self.epoch, recall, lookahead)
             self._check_finite(signals.losses)
             try:
                 weights = self._weigh(signals)
@@ -224,13 +231,13 @@ class Step(nn.Module):
                 # NaN reaches every gradient, so that the scaler skips the step and lowers its scale.
                 nan = torch.full_like(signals.losses, torch.nan)
                 weights, rule_gradients = Weights(nan, nan, None), {}
+            else:
+                self._keep_trail(passes, ambient, optimizer)
             for parameter, gradient in rule_gradients.items():
                 rule_gradients[parameter] = gradient * passes.scale.to(gradient)
             accumulate(rule_gradients | combine(passes, weights))
-        if self._wants_progress:
-            # A copy, for the caller may fill the same tensors with the next batch.
-            copy = Batch(*tree_map_only(Tensor, torch.clone, (batch.inputs, dict(batch.targets))))
-            self._last = _Last(copy, signals.losses, signals.labelled)
+        if self._memory.wants_progress:
+            self._memory.keep_batch(batch, signals.losses, signals.labelled)
         self.iteration += 1
         return Report(
             losses=self._by_name(signals.losses),
@@ -238,33 +245,20 @@ class Step(nn.Module):
             encoder_weights=self._by_name(weights.encoder) if weights.combined is None else {},
         )
 
-    def _progress(self, last: _Last | None, ambient: torch.autocast) -> Progress | None:
-        self._wants_progress = True
-        if parallel.world() > 1 and not self._agreed:
-            # After a resume, only the process whose state was saved may have its batch.
-            have = torch.tensor(float(last is not None), device=next(self.model.parameters()).device)
-            last = last if parallel.add(have) == parallel.world() else None
-        self._agreed = True
-        if last is None:
-            return None
-        with ambient:
-            compute = functools.partial(
-                losses_of, tasks=self.tasks, batch=last.batch, shapers=dict(self.shapers.items())
-            )
-            losses, _ = aside(self.model, compute)
-        return Progress(last.losses, parallel.add(torch.stack([x.to(last.losses) for x in losses])), last.labelled)
+    def _keep_trail(self, passes: Passes, ambient: torch.autocast, optimizer: torch.optim.Optimizer | None) -> None:
+        if self._memory.wants_hindsight:
+            if optimizer is None:
+                raise ValueError("a rule looks back at each step and needs step.backward(batch, optimizer=...)")
+            self._memory.keep_trail(passes, ambient, optimizer)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Iteration, epoch, what is still to be checked and what `Signals.progress` will ask for, if it is asked for.
+        """Iteration, epoch, what is still to be checked, and what is kept for rules that ask about the last step.
 
         The rest of the state is in the submodules.
         """
         pending = None if self._unchecked is None else (self._unchecked.read(), self._unchecked.iteration)
-        last = None
-        if self._last is not None:
-            batch = self._last.batch
-            last = (batch.inputs, batch.targets, self._last.losses, self._last.labelled, parallel.rank())
-        return {"iteration": self.iteration, "epoch": self.epoch, "unchecked": pending, "last": last}
+        memory = self._memory.state()
+        return {"iteration": self.iteration, "epoch": self.epoch, "unchecked": pending, "memory": memory}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on counting where a saved step stopped."""
@@ -273,12 +267,7 @@ class Step(nn.Module):
         if state["unchecked"] is not None:
             flags, iteration = state["unchecked"]
             self._unchecked = _Finite(torch.tensor(flags), iteration)
-        self._last, self._agreed = None, False
-        if state["last"] is not None:
-            device = next(self.model.parameters()).device
-            inputs, targets, losses, labelled, rank = state["last"]
-            if rank == parallel.rank():
-                self._last = _Last(Batch(inputs, targets).to(device), losses.to(device), labelled.to(device))
+        self._memory.load_state(state["memory"])
 
     def _by_name(self, values: Tensor) -> dict[str, Tensor]:
         return {task.name: value for task, value in zip(self.tasks, values.detach().unbind(), strict=True)}
@@ -298,6 +287,8 @@ class Step(nn.Module):
     def _weigh(self, signals: Signals) -> Weights:
         encoder = torch.ones_like(signals.losses)
         combined: Combined | None = None
+        both = self.decoder is None or self.decoder is self.encoder
+        signals.part = "all" if both else "shared"
         if isinstance(self.encoder, Combiner):
             combined = self._combined(self.encoder, signals)
         elif self.encoder is not None:
@@ -305,6 +296,7 @@ class Step(nn.Module):
         if self.decoder is None or self.decoder is self.encoder:
             decoder = encoder
         else:
+            signals.part = "specific"
             decoder = self._weights_of(self.decoder, signals)
         return Weights(encoder, decoder, combined)
 

@@ -1,168 +1,40 @@
-"""The checks that every method must pass, for the author of one.
-
-In a pytest file of your package, one line:
-
-    from sidetask_core.testing import conformance
-    from my_package import my_method
-
-    TestMyMethod = conformance(my_method)
-
-`problem` gives the tiny networks these checks run on, and `brute_force` the gradients they compare with.
-"""
+"""What holds for every method, as tests."""
 
 from __future__ import annotations
 
-import atexit
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sidetask_core.method import Combiner, Method
 from sidetask_core.split import SplitModel
-from sidetask_core.step import Report, Step
+from sidetask_core.step import Step
 from sidetask_core.task import Batch, Task
+from sidetask_core.testing.problems import (
+    SPLITS,
+    backward,
+    batches,
+    brute_force,
+    close,
+    gradients,
+    labelled,
+    problem,
+    squared,
+    tiny_tasks,
+    train,
+)
+from sidetask_core.testing.processes import in_two_processes
 
 Factory = Callable[..., Method]
-NAMES = ("a", "b", "c")
-SPLITS = ("shared bottom", "half-shared", "two heads on one branch")
 
 
-def squared(prediction: Tensor, target: Tensor) -> Tensor:
-    """Element losses of the tiny problems."""
-    return (prediction - target).square()
-
-
-def _scaled(scale: float, prediction: Tensor, target: Tensor) -> Tensor:
-    return scale * squared(prediction, target)
-
-
-def labelled(target: Tensor) -> Tensor:
-    """Labels of the tiny problems are missing where they are NaN."""
-    return ~target.isnan()
-
-
-def tiny_tasks(names: Sequence[str] = NAMES) -> list[Task]:
-    """One regression task for each name, the first of them primary."""
-    return [Task(name, squared, valid=labelled, primary=i == 0) for i, name in enumerate(names)]
-
-
-def problem(
-    split: str = "shared bottom",
-    *,
-    names: Sequence[str] = NAMES,
-    norm: bool = False,
-    dtype: torch.dtype = torch.float64,
-) -> SplitModel:
-    """A tiny network, always the same.
-
-    Args:
-        split: one of `SPLITS`.
-        names: the tasks.
-        norm: put a BatchNorm into the shared layers.
-        dtype: of the parameters.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        first: list[nn.Module] = [nn.Linear(4, 6), nn.Tanh()]
-        if norm:
-            first.insert(1, nn.BatchNorm1d(6))
-        stages = [nn.Sequential(*first), nn.Sequential(nn.Linear(6, 5), nn.Tanh())]
-        heads = {name: nn.Linear(5, 2) for name in names}
-        if split == "two heads on one branch":
-            other = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
-            route = {name: "both" if i < 2 else "other" for i, name in enumerate(names)}
-            branches = {"both": stages[1]} | ({"other": other} if len(names) > 2 else {})
-            model = SplitModel(stages[0], heads, branches, route)
-        else:
-            model = SplitModel.from_stages(stages, 2 if split == "shared bottom" else 1, heads)
-    return model.to(dtype)
-
-
-def batches(
-    count: int, size: int = 6, *, names: Sequence[str] = NAMES, dtype: torch.dtype = torch.float64
-) -> list[Batch]:
-    """Random batches, always the same."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    return [Batch(draw(size, 4), {name: draw(size, 2) for name in names}) for _ in range(count)]
-
-
-def brute_force(
-    model: SplitModel,
-    tasks: Sequence[Task],
-    batch: Batch,
-    encoder: Sequence[Tensor],
-    decoder: Sequence[Tensor],
-    shapers: Mapping[str, nn.Module] | None = None,
-) -> dict[str, Tensor]:
-    """Gradients by one `torch.autograd.grad` per task over an uncut graph, weighted by hand.
-
-    Args:
-        model: the network.
-        tasks: the tasks, in the order of the weights.
-        batch: what to run it on.
-        encoder: weights of the tasks for shared parameters.
-        decoder: weights of the tasks for their own parameters.
-        shapers: task name to what weighs its elements.
-    """
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    shared = {id(p) for p in model.shared_parameters()}
-    total = {name: torch.zeros_like(p) for name, p in zip(names, parameters, strict=True)}
-    for task, above, below in zip(tasks, encoder, decoder, strict=True):
-        prediction = model(batch.input_of(task))[task.name]
-        target = batch.target_of(task)
-        elements = task.elements(prediction, target)
-        each = dict(zip(task.objectives or [""], (losses.detach() for losses, _ in elements), strict=True))
-        weights = dict.fromkeys(each, 1.0)
-        if shapers and task.name in shapers:
-            found = shapers[task.name](each if task.objectives else each[""], target)
-            weights = found if task.objectives else {"": found}
-        loss = torch.zeros((), dtype=elements[0][0].dtype)
-        for name, (losses, mask) in zip(each, elements, strict=True):
-            shaped = losses * weights[name]
-            mask = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
-            loss = loss + shaped[mask].sum() / mask.sum().clamp(min=1)
-        for key, p, g in zip(names, parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-            if g is not None:
-                total[key] += g * (above if id(p) in shared else below).to(g)
-    return total
-
-
-def close(found: Tensor, expected: Tensor, what: str, rtol: float = 1e-9) -> None:
-    """Assert that two tensors agree to `rtol`, and say which they are if they do not."""
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-12, msg=lambda text: f"{what}: {text}")
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter's `.grad`, zeros where it is None."""
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
-
-
-def train(step: Step, data: Sequence[Batch], optimizer: torch.optim.Optimizer | None = None) -> list[Report]:
-    """A plain training loop over `data`, two batches to the epoch."""
-    optimizer = optimizer or torch.optim.SGD(step.parameters(), lr=0.05, momentum=0.9)
-    reports = []
-    for batch in data:
-        step.epoch = step.iteration // 2
-        optimizer.zero_grad()
-        reports.append(step.backward(batch))
-        optimizer.step()
-    return reports
-
-
-def conformance(factory: Factory, *, equivariant: bool = True, **options: Any) -> type:
+def conformance(factory: Factory, *, equivariant: bool = True, by_name: bool = False, **options: Any) -> type:
     """A class of tests for pytest that hold for every method.
 
     Args:
@@ -170,6 +42,8 @@ def conformance(factory: Factory, *, equivariant: bool = True, **options: Any) -
             processes run it too. The tasks are called a, b and c, and a is primary.
         equivariant: whether permuting the tasks permutes the weights. False for rules whose random draws depend on
             the order of the tasks: that test is then not among them.
+        by_name: whether a state of other tasks, or of the same in another order, is taken over by their names. True for
+            rules that allow tasks to come and go; other rules have to refuse it.
         options: passed on to `factory`.
     """
     build = functools.partial(factory, **options)
@@ -180,6 +54,10 @@ def conformance(factory: Factory, *, equivariant: bool = True, **options: Any) -
     if not equivariant:
         # What is not callable, pytest does not collect.
         Conformance.test_permuting_the_tasks_permutes_the_weights = None  # type: ignore[assignment, method-assign]
+    if by_name:
+        Conformance.test_state_of_other_tasks_is_refused = None  # type: ignore[assignment, method-assign]
+    else:
+        Conformance.test_state_of_other_tasks_is_taken_over_by_name = None  # type: ignore[assignment, method-assign]
     Conformance.__name__ = Conformance.__qualname__ = f"Conformance[{getattr(factory, '__name__', factory)}]"
     return Conformance
 
@@ -197,9 +75,8 @@ class _Conformance:
             if isinstance(step.encoder, Combiner):
                 step.encoder.register_forward_hook(lambda rule, given, output, seen=combined: seen.append(output))
             for batch in batches(5):
-                step.epoch = step.iteration // 2
                 step.zero_grad()
-                report = step.backward(batch)
+                report = backward(step, batch)
                 decoder = list(report.decoder_weights.values())
                 encoder = list(report.encoder_weights.values()) or decoder
                 expected = brute_force(step.model, step.tasks, batch, encoder, decoder, dict(step.shapers.items()))
@@ -244,13 +121,27 @@ class _Conformance:
             else:
                 raise AssertionError("the state of tasks in another order was loaded")
 
+    def test_state_of_other_tasks_is_taken_over_by_name(self) -> None:
+        tasks, order = tiny_tasks(), [2, 0, 1]
+        permuted = [tasks[i] for i in order]
+        first = Step(problem(), tasks, self.method(tasks))
+        train(first, batches(4))
+        second = Step(problem(), permuted, self.method(permuted))
+        second.load_state_dict(first.state_dict())
+        last = batches(5)[4]
+        for step in (first, second):
+            step.zero_grad()
+        reports = [backward(step, last) for step in (first, second)]
+        for name, weight in reports[0].encoder_weights.items():
+            close(reports[1].encoder_weights[name], weight, name)
+
     def test_a_task_without_labels_contributes_nothing(self) -> None:
         tasks, model = tiny_tasks(), problem()
         step = Step(model, tasks, self.method(tasks))
         for batch in batches(3):
             step.zero_grad()
             absent = torch.full_like(batch.targets["b"], math.nan)
-            report = step.backward(Batch(batch.inputs, {**batch.targets, "b": absent}))
+            report = backward(step, Batch(batch.inputs, {**batch.targets, "b": absent}))
             assert report.losses["b"] == 0
             found = gradients(step)
             assert all(g.isfinite().all() for g in found.values())
@@ -258,7 +149,7 @@ class _Conformance:
             shared = [g for name, g in found.items() if name.startswith("model.shared")]
             assert any(g.any() for g in shared), "the tasks that have labels do not train the encoder"
             step.zero_grad()
-            assert step.backward(Batch(batch.inputs, {**batch.targets, "b": None})).losses["b"] == 0
+            assert backward(step, Batch(batch.inputs, {**batch.targets, "b": None})).losses["b"] == 0
 
     def test_extreme_loss_scales_stay_finite(self) -> None:
         for scale in (1e-6, 1e6):
@@ -267,7 +158,7 @@ class _Conformance:
             step = Step(problem(), tasks, self.method(tasks))
             for batch in batches(4):
                 step.zero_grad()
-                step.backward(batch)
+                backward(step, batch)
                 assert all(g.isfinite().all() for g in gradients(step).values())
 
     def test_single_precision_gives_the_same_gradients(self) -> None:
@@ -285,7 +176,7 @@ class _Conformance:
         step = Step(model, tasks, self.method(tasks))
         norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm1d))
         for count, batch in enumerate(batches(3), start=1):
-            step.backward(batch)
+            backward(step, batch)
             assert norm.num_batches_tracked == count
 
     def test_permuting_the_tasks_permutes_the_weights(self) -> None:
@@ -295,9 +186,8 @@ class _Conformance:
         steps = [Step(problem(), some, self.method(some)) for some in (tasks, permuted)]
         for batch in batches(5):
             for step in steps:
-                step.epoch = step.iteration // 2
                 step.zero_grad()
-                step.backward(batch)
+                backward(step, batch)
             first, second = (gradients(step.model) for step in steps)
             for name, gradient in first.items():
                 close(gradient, second[name], name)
@@ -313,9 +203,8 @@ class _Conformance:
 def _after(steps: Mapping[torch.dtype, Step], whole: Batch, single: Batch) -> list[Step]:
     """The two steps, each after one batch in its precision."""
     for step, batch in zip(steps.values(), (whole, single), strict=True):
-        step.epoch = step.iteration // 2
         step.zero_grad()
-        step.backward(batch)
+        backward(step, batch)
     return list(steps.values())
 
 
@@ -347,51 +236,6 @@ def _run_share(build: Factory, rank: int, world: int) -> dict[str, Tensor]:
     return found
 
 
-def in_two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(*arguments, rank, world)`` in each of two gloo processes, which live as long as this one.
-
-    Function and arguments have to be importable by name.
-    """
-    pool = _pair()
-    futures = [pool.submit(_ranked, function, arguments) for _ in range(2)]
-    done, _ = wait(futures, timeout=300, return_when=FIRST_EXCEPTION)
-    if len(done) == 2 and not any(future.exception() for future in done):
-        return [future.result() for future in futures]
-    # A process that waits for one which failed cannot be asked to stop; the next call gets a new pair.
-    _pair.cache_clear()
-    for process in list(pool._processes.values()):
-        process.kill()
-    for future in done:
-        future.result()
-    raise TimeoutError(f"{getattr(function, '__name__', function)} did not end in two processes")
-
-
-@functools.cache
-def _pair() -> ProcessPoolExecutor:
-    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(2, context, _join, (str(Path(folder.name, "store")), context.Value("i", 0)))
-
-    def close() -> None:
-        pool.shutdown()
-        folder.cleanup()
-
-    atexit.register(close)
-    return pool
-
-
-def _join(store: str, counter: Any) -> None:
-    with counter.get_lock():
-        rank = counter.value
-        counter.value += 1
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-
-
-def _ranked(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    return function(*arguments, dist.get_rank(), dist.get_world_size())
-
-
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a, b)
@@ -400,3 +244,7 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     return bool(a == b)
+
+
+def _scaled(scale: float, prediction: Tensor, target: Tensor) -> Tensor:
+    return scale * squared(prediction, target)

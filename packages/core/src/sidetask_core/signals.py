@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -36,6 +36,35 @@ class Recall(Protocol):
 
     def hindsight(self, part: Part, mode: Mode, among: Collection[int]) -> Tensor | None:
         """See `Signals.hindsight`."""
+
+    def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
+        """See `Signals.hindsight_elements`."""
+
+
+class Ahead(Protocol):
+    """What can be known of the step that is being taken."""
+
+    def derivative(self, weights: Tensor, part: Part, mode: Mode, among: Collection[int]) -> Tensor:
+        """See `Signals.lookahead`."""
+
+    def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
+        """See `Signals.lookahead_elements`."""
+
+
+@dataclass(frozen=True)
+class ElementSlopes:
+    """How a loss after a step depends on the weight of each element of a task's loss in it; of this process.
+
+    Attributes:
+        slopes: −α ⟨v, ∇d_i⟩ ``[N, *]``, 0 where there is no label; the derivative by the weight of element i is that
+            divided by the number of labelled elements, for the loss is their mean.
+        mask: which elements are labelled ``[N, *]``.
+        target: the labels that the step had.
+    """
+
+    slopes: Tensor
+    mask: Tensor
+    target: Any
 
 
 @dataclass(frozen=True)
@@ -83,7 +112,7 @@ class Signals:
         iteration: int,
         epoch: int,
         recall: Recall,
-        lookahead: Callable[[Tensor, Part, Mode, Collection[int]], Tensor] | None = None,
+        lookahead: Ahead | None = None,
     ) -> None:
         self.tasks = tuple(task.name for task in tasks)
         self.primary = torch.tensor([task.primary for task in tasks])
@@ -107,14 +136,11 @@ class Signals:
             MissingKey: for an unknown task, or an objective it does not have; one of several must be named.
             ValueError: if the task's loss is a scalar, or the batch has no label for it.
         """
-        t = self._index(task)
-        names = tuple(self._tasks[t].objectives)
-        if objective not in (names or (None,)):
-            raise MissingKey(f"task {task!r} has no objective {objective!r}; its objectives are: {_listed(names)}")
+        t, k = self._index(task), self._objective(task, objective)
         found = self._passes.elements[t]
         if found is None:
             raise ValueError(f"task {task!r} has no label in this batch, so there are no element losses")
-        losses, mask = found[names.index(objective) if objective is not None else 0]
+        losses, mask = found[k]
         if losses.ndim == 0:
             raise ValueError(
                 f"the element losses of task {task!r} were asked for, but its loss returned a scalar; "
@@ -136,6 +162,20 @@ class Signals:
             summed = torch.stack(pairs, dim=1)
         totals, counts = parallel.add(summed)
         return totals / counts.clamp(min=1), counts > 0
+
+    def target(self, task: str) -> Any:
+        """The labels of one task in this batch, of this process; None if it has none.
+
+        Raises:
+            MissingKey: for an unknown task.
+        """
+        return self._passes.targets[self._index(task)]
+
+    def _objective(self, task: str, objective: str | None) -> int:
+        names = tuple(self._tasks[self._index(task)].objectives)
+        if objective not in (names or (None,)):
+            raise MissingKey(f"task {task!r} has no objective {objective!r}; its objectives are: {_listed(names)}")
+        return 0 if objective is None else names.index(objective)
 
     def _index(self, task: str) -> int:
         if task not in self.tasks:
@@ -223,11 +263,46 @@ class Signals:
             MissingKey: for an unknown task.
             NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
         """
+        return self._finite(self._ahead().derivative(weights, self.part, _mode(mode), self._indices(among)))
+
+    def lookahead_elements(
+        self, task: str, objective: str | None = None, *, of: Sequence[str] | None = None, mode: Mode = "exact"
+    ) -> ElementSlopes | None:
+        """`lookahead` for every element of one task's loss, d_i before shaping; None without labels on this process.
+
+        The step is the one that is being taken, with the weights that its rules decided on and all parameters, so that
+        only a shaper's `update` can ask. The mean over the labelled elements of all processes is the derivative by the
+        task's weight, so that weighted means are the derivatives of shaped losses.
+
+        Costs what `lookahead` costs, but for what the mode costs: the branch and the head of the task are run with the
+        encoder. Under several processes, every process must ask.
+
+        Args:
+            task: whose elements.
+            objective: which of its objectives, if it has several.
+            of: the tasks whose unweighted validation loss is to fall; the primaries if None.
+            mode: as for `lookahead`, of the encoder with the task's branch, head and loss.
+
+        Raises:
+            ValueError: if the step was given no validation batch or no optimizer, for an unknown mode, or before the
+                step's weights are decided.
+            MissingKey: for an unknown task, or an objective it does not have.
+            NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
+        """
+        k = self._objective(task, objective)
+        found = self._ahead().elements(self._index(task), self._falling(of), _mode(mode))
+        return None if found is None else found[k]
+
+    def _ahead(self) -> Ahead:
         if self._lookahead is None:
             raise ValueError(
                 "this method looks ahead and needs step.backward(batch, validation=a_batch, optimizer=the_optimizer)"
             )
-        return self._finite(self._lookahead(weights, self.part, _mode(mode), self._indices(among)))
+        return self._lookahead
+
+    def _falling(self, of: Sequence[str] | None) -> frozenset[int]:
+        primaries = [name for name, primary in zip(self.tasks, self.primary.tolist(), strict=True) if primary]
+        return self._indices(primaries if of is None else of)
 
     def hindsight(self, *, mode: Mode = "exact", among: Sequence[str] | None = None) -> Tensor | None:
         """d(loss of this step) / d(weight of each task in the previous step), ``[T]``; None in a first step.
@@ -249,7 +324,25 @@ class Signals:
         found = self._recall.hindsight(self.part, _mode(mode), self._indices(among))
         return None if found is None else self._finite(found)
 
-    def _indices(self, among: Sequence[str] | None) -> Collection[int]:
+    def hindsight_elements(
+        self, task: str, objective: str | None = None, *, of: Sequence[str] | None = None, mode: Mode = "exact"
+    ) -> ElementSlopes | None:
+        """`hindsight` for every element that one task's loss had in the previous step, before shaping.
+
+        None in a first step, and if that step had no labels of the task on this process. Costs and arguments are those
+        of `lookahead_elements`, without a validation batch; `hindsight` says what is kept. Of the network only this
+        task's branch and head are kept with the encoder, and no gradients.
+
+        Raises:
+            ValueError: for an unknown mode; from the step, if it was given no optimizer.
+            MissingKey: for an unknown task, or an objective it does not have.
+            NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
+        """
+        k = self._objective(task, objective)
+        found = self._recall.elements(self._index(task), self._falling(of), _mode(mode))
+        return None if found is None else found[k]
+
+    def _indices(self, among: Sequence[str] | None) -> frozenset[int]:
         return frozenset(range(len(self.tasks)) if among is None else [self._index(task) for task in among])
 
     def _one_domain(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -218,13 +217,15 @@ class Step(nn.Module):
             recall = self._memory.recall(passes, ambient)
             lookahead = None
             if validation is not None and optimizer is not None:
-                ahead = Lookahead(self.model, self.tasks, ambient, validation, optimizer)
-                lookahead = functools.partial(ahead.derivative, passes)
+                lookahead = Lookahead(self.model, self.tasks, passes, ambient, validation, optimizer)
             signals = Signals(self.tasks, passes, self.iteration, self.epoch, recall, lookahead)
             self._check_finite(signals.losses)
             try:
                 weights = self._weigh(signals)
+                if lookahead is not None:
+                    lookahead.decided = weights
                 rule_gradients = self._rule_gradients(signals)
+                self._update_shapers(signals)
             except StepFailure:
                 # With a deferred check, what made the rule fail may be a loss of this very step.
                 self._raise_unless(_Finite(signals.losses.isfinite(), self.iteration))
@@ -248,7 +249,7 @@ class Step(nn.Module):
         )
 
     def _keep_trail(self, passes: Passes, ambient: torch.autocast, optimizer: torch.optim.Optimizer | None) -> None:
-        if self._memory.wants_hindsight:
+        if self._memory.wants_hindsight or self._memory.wants_elements:
             if optimizer is None:
                 raise ValueError("a rule looks back at each step and needs step.backward(batch, optimizer=...)")
             self._memory.keep_trail(passes, ambient, optimizer)
@@ -301,6 +302,12 @@ class Step(nn.Module):
             signals.part = "specific"
             decoder = self._weights_of(self.decoder, signals)
         return Weights(encoder, decoder, combined)
+
+    def _update_shapers(self, signals: Signals) -> None:
+        signals.part = "all"
+        for shaper in self.shapers.values():
+            assert isinstance(shaper, Shaper)
+            shaper.update(signals)
 
     def _weights_of(self, rule: Weighting, signals: Signals) -> Tensor:
         weights = rule(signals)

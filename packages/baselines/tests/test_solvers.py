@@ -4,9 +4,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from scipy.optimize import brentq
+from sidetask_baselines import cagrad
 from sidetask_baselines.cagrad import conflict_averse
 from sidetask_baselines.pcgrad import project
-from sidetask_baselines.simplex import shortest, vectors
+from sidetask_baselines.simplex import SolverFailure, shortest, vectors
 
 
 def test_vectors_reproduce_the_gramian(matrices):
@@ -84,24 +86,36 @@ def test_the_shortest_combination_is_equivariant(matrices):
 
 
 @pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
-def test_cagrad_closes_the_duality_gap(matrices, c):
+def test_cagrad_closes_the_duality_gap_on_the_ball_around_the_mean(matrices, c):
     for g in matrices:
-        mean = g.mean(axis=0)
-        radius = c * np.linalg.norm(mean)
+        mean, lengths = g.mean(axis=0), np.linalg.norm(g, axis=1)
+        radius, least = c * np.linalg.norm(mean), lengths[lengths > 0].min()
         weights = conflict_averse(g @ g.T, c)
-        step = weights @ g
-        longest = np.linalg.norm(g, axis=1).max()
         assert (weights > 0).all()
-        # Feasible: within the ball around the mean gradient.
-        assert np.linalg.norm(step - mean) <= radius * (1 + 1e-6) + 1e-9 * longest
+        step = weights @ g
+        # Without a mean there is no direction to stay near, and no ball.
+        if np.linalg.norm(mean) <= 1e-12 * lengths.max():
+            np.testing.assert_array_equal(weights, 1 / len(g))
+            mean, radius = step, 0.0
         tilt = weights - 1 / len(g)
-        if tilt.sum() <= 1e-9:
-            continue
-        w = tilt / tilt.sum()
-        dual = w @ g @ mean + radius * np.linalg.norm(w @ g)
-        primal = (g @ step).min()
-        assert primal <= dual + 1e-6 * np.linalg.norm(step) * longest
-        assert dual - primal <= 1e-6 * np.linalg.norm(step) * longest
+        worst = tilt @ g / tilt.sum() if radius else step
+        off = np.linalg.norm(step - mean) - radius
+        assert off <= 1e-6 * radius
+        # Inside only where the combination that the worst-off tasks pull along vanishes.
+        assert off >= -1e-6 * radius or np.linalg.norm(worst) <= 1e-6 * least
+        gap = worst @ mean + radius * np.linalg.norm(worst) - (g @ step).min()
+        assert gap <= 1e-6 * np.linalg.norm(step) * least + 1e-12 * least**2
+
+
+@pytest.mark.parametrize("spoiled", ["the search", "the combination"])
+def test_cagrad_refuses_what_misses_its_optimum(sample, monkeypatch, spoiled):
+    g = sample("random", 3, 0)
+    if spoiled == "the search":
+        monkeypatch.setattr(cagrad, "brentq", lambda *a, **k: (1.1 * brentq(*a, **k)[0], brentq(*a, **k)[1]))
+    else:
+        monkeypatch.setattr(cagrad, "min_norm_weights", lambda points: np.array([1.0, 0.0, 0.0]))
+    with pytest.raises(SolverFailure, match=r"off the ball, or misses .*condition number of the 3x3 Gramian: [0-9]"):
+        conflict_averse(g @ g.T, 0.4)
 
 
 def test_cagrad_with_one_zero_gradient_is_finite(sample):
@@ -110,6 +124,16 @@ def test_cagrad_with_one_zero_gradient_is_finite(sample):
     weights = conflict_averse(g @ g.T, 0.4)
     assert np.isfinite(weights).all()
     assert (g @ (weights @ g)).min() >= -1e-9
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 1e-12, 1e-18])
+def test_cagrad_of_a_gradient_that_is_all_but_zero(sample, ratio):
+    for seed in range(5):
+        g = sample("nearly opposing", 5, seed)
+        g[0] *= ratio
+        step = conflict_averse(g @ g.T, 0.4) @ g
+        assert np.linalg.norm(step - g.mean(axis=0)) <= 0.4 * np.linalg.norm(g.mean(axis=0)) * (1 + 1e-6)
+        assert (g @ step).min() >= -1e-6 * np.linalg.norm(step) * np.linalg.norm(g[0])
 
 
 def test_cagrad_of_opposing_gradients_is_their_mean():

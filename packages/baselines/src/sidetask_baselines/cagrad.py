@@ -71,8 +71,8 @@ def conflict_averse(gramian: np.ndarray, c: float) -> np.ndarray:
     def excess(s: float) -> float:
         return s - float(np.linalg.norm(points @ shortest(s)))
 
-    # Below `low`, relative to the shortest gradient, lengths are rounding errors: there g_w vanishes at the optimum, and
-    # its direction is the limit.
+    # Below `low` is as good as zero beside the shortest gradient: g_w vanishes at the optimum, and its direction is the
+    # limit.
     least = lengths[lengths > 0].min()
     low, high = 1e-7 * min(least, radius), 2 * lengths.max()
     s = low

@@ -9,7 +9,11 @@ from sidetask_core.plugins import installed, make_method
 from torch import nn
 
 # What a method cannot be built without.
-OPTIONS = {"fixed": {"weights": {"near": 1.0, "far": 0.5, "kind": 2.0}}, "torchjd": {"aggregator": "UPGrad"}}
+OPTIONS = {
+    "fixed": {"weights": {"near": 1.0, "far": 0.5, "kind": 2.0}},
+    "torchjd": {"aggregator": "UPGrad"},
+    "classwise": {"main": "near", "auxiliary": "kind", "classes": 3, "warmup": 1},
+}
 
 
 def pairs():

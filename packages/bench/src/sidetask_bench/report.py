@@ -87,10 +87,15 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         "losses": plots.curve_panels(comparison, records.losses(comparison), lambda task: "training loss"),
         "validation": plots.curve_panels(comparison, records.validation(comparison), _headline_label),
     }
+    groups["shapers"] = plots.shaper_panels(records.shaper_weights(comparison))
+    broken_down = records.by_class(comparison)
+    for found in broken_down:
+        groups[f"{found.task} by {found.by}"] = plots.class_panels(comparison, found)
+    titles = _TITLES | {f"{found.task} by {found.by}": f"{found.task} by class of {found.by}" for found in broken_down}
     pictures = comparison.folder / "pictures"
     for name, panels in groups.items():
         if panels:
-            plots.png(panels, pictures / f"{name}.png", title=f"{comparison.name}: {_TITLES[name]}")
+            plots.png(panels, pictures / f"{name}.png", title=f"{comparison.name}: {titles[name]}")
     if gallery and gallery.strips:
         galleries.png(gallery, pictures / "gallery.png")
     environment = Environment(
@@ -113,9 +118,10 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         dark=plots.DARK.variables(),
         colours=len(plots.LIGHT.colours),
         panels={
-            name: [(panel, plots.svg(panel, f"{name}{i}")) for i, panel in enumerate(panels)]
+            name: [(panel, plots.svg(panel, f"{name.replace(' ', '-')}{i}")) for i, panel in enumerate(panels)]
             for name, panels in groups.items()
         },
+        by_class=[(found, class_table(comparison, found)) for found in broken_down],
         unweighted=[row.name for row in comparison.rows if not weights[row.name]],
         gallery=gallery if gallery and gallery.strips else None,
         no_gallery=missing,
@@ -131,6 +137,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
 _TITLES = {
     "improvement": "relative improvement on the test split (bar: mean, whisker: ± std over seeds)",
     "weights": "weights in the encoder over training",
+    "shapers": "weights of elements over training (band: ± std over seeds)",
     "losses": "training losses (band: ± std over seeds)",
     "validation": "validation metrics (band: ± std over seeds)",
 }
@@ -145,6 +152,19 @@ def table(comparison: Comparison) -> list[Column]:
             stds = [_finite(row.std.get(task.name, {}).get(metric)) for row in comparison.rows]
             label = _label(task.name, metric)
             columns.append(Column(task, metric, label, "↑" if higher else "↓", _cells(means, stds, higher)))
+    return columns
+
+
+def class_table(comparison: Comparison, found: records.ByClass) -> list[Column]:
+    """A task's headline metric by class: a column per class, a cell per row, best cells marked."""
+    task = next(task for task in comparison.tasks if task.name == found.task)
+    columns = []
+    for c, name in enumerate(found.classes):
+        values = [found.values[row.name][:, c] for row in comparison.rows]
+        means = [_finite(of_row.mean()) for of_row in values]
+        stds = [_finite(of_row.std(ddof=1)) if len(of_row) > 1 else None for of_row in values]
+        higher = task.headline is not None and task.metrics[task.headline]
+        columns.append(Column(task, name, name, "↑" if higher else "↓", _cells(means, stds, higher)))
     return columns
 
 

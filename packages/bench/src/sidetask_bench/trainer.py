@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sidetask_core import Batch, Report, parallel
+from sidetask_core import Batch, Report, Shaper, parallel
 from torch import Tensor
 
 from sidetask_bench import runtime
@@ -100,6 +100,11 @@ class Trainer:
         means = {name: float(total) / self.position for name, total in self.loss_sums.items()}
         self.epoch, self.position, self.loss_sums = self.epoch + 1, 0, {}
         return means
+
+    def named_weights(self) -> dict[str, dict[str, float]]:
+        """What the shapers of tasks name of their weights now, by task; tasks without any are left out."""
+        found = {n: shaper.named_weights() for n, shaper in self.step.shapers.items() if isinstance(shaper, Shaper)}
+        return {name: {key: float(w) for key, w in weights.items()} for name, weights in found.items() if weights}
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""

@@ -89,9 +89,10 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
     }
     groups["shapers"] = plots.shaper_panels(records.shaper_weights(comparison))
     broken_down = records.by_class(comparison)
-    for found in broken_down:
-        groups[f"{found.task} by {found.by}"] = plots.class_panels(comparison, found)
-    titles = _TITLES | {f"{found.task} by {found.by}": f"{found.task} by class of {found.by}" for found in broken_down}
+    titles = dict(_TITLES)
+    for i, found in enumerate(broken_down):
+        groups[f"by_class_{i}"] = plots.class_panels(comparison, found)
+        titles[f"by_class_{i}"] = f"{found.task} by class of {found.by}"
     pictures = comparison.folder / "pictures"
     for name, panels in groups.items():
         if panels:
@@ -118,7 +119,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         dark=plots.DARK.variables(),
         colours=len(plots.LIGHT.colours),
         panels={
-            name: [(panel, plots.svg(panel, f"{name.replace(' ', '-')}{i}")) for i, panel in enumerate(panels)]
+            name: [(panel, plots.svg(panel, f"{name}{i}")) for i, panel in enumerate(panels)]
             for name, panels in groups.items()
         },
         by_class=[(found, class_table(comparison, found)) for found in broken_down],

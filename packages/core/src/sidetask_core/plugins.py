@@ -27,7 +27,7 @@ _HOMES = {
         "sidetask-classwise": "classwise",
     },
     "datasets": {"sidetask-datasets": "scenes digits frames"},
-    "networks": {"sidetask-bench": "small deeplabv3"},
+    "networks": {"sidetask-bench": "small deeplabv3 unet"},
 }
 
 

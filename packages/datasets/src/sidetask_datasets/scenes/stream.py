@@ -116,7 +116,7 @@ def obscure(segmentation: Tensor, seed: int, ids: Tensor, classes: int) -> Tenso
     >>> import torch
     >>> labels = obscure(torch.zeros(1, 32, 32, dtype=torch.int64), 0, torch.tensor([0]), 2)
     >>> [round((labels == c).float().mean().item(), 1) for c in (0, len(CLASSES), len(CLASSES) + 1)]
-    [0.5, 0.2, 0.3]
+    [0.5, 0.3, 0.2]
     """
     if not classes:
         return segmentation

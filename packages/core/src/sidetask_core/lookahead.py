@@ -322,6 +322,8 @@ class Hindsight:
         """d(primaries' loss in this step)/d(weight in the step before) of `among`, zero for other tasks ``[T]``."""
         ones = torch.tensor([float(task.primary) for task in tasks]).to(passes.losses[0])
         found = combine(passes, Weights(ones, ones), ahead=True)
+        # No step has these weights, so that nobody will ask for the gradient again.
+        passes.ahead = None
         governed = parameters_of(model, passes, part)
         along = {
             name: passes.unscaled(found.pop(p)) * self.rates[name]

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -106,6 +107,59 @@ def test_other_parameters_take_their_place_and_get_gradients():
     close(gradient, torch.autograd.grad(expected, [model.shared[0][0].weight])[0], "gradient")
 
 
+class Twice(nn.Module):
+    """One BatchNorm in two places of the encoder, one buffer that a forward pass makes, one that it fills."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(6)
+        self.again = nn.Sequential(self.norm, nn.Linear(6, 6), self.norm)
+        self.register_buffer("filled", None)
+
+    def forward(self, x):
+        self.filled = x.detach().mean()
+        self.register_buffer("made", x.detach().sum())
+        return torch.tanh(self.again(self.norm(self.first(x))))
+
+
+def test_modules_in_several_places_are_restored():
+    torch.manual_seed(0)
+    encoder = Twice()
+    head = nn.Sequential(encoder.norm, nn.Linear(6, 2))
+    model = SplitModel(encoder, {"a": head, "b": nn.Linear(6, 2)}).double()
+    parameters, names = list(model.parameters()), [*dict(model.named_buffers())]
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    other = torch.full((6,), 7.0, dtype=torch.float64)
+    aside(model, lambda net: net(batches(1)[0].inputs), {"shared.norm.weight": other})
+    assert all(x is y for x, y in zip(parameters, model.parameters(), strict=True))
+    assert [*dict(model.named_buffers())] == names
+    for name, value in model.named_buffers():
+        assert torch.equal(value, buffers[name]), name
+    assert encoder.filled is None
+    assert not hasattr(encoder, "made")
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_run_with_the_other_parameters(kind):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = kind(1, 5, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x[..., None])[0][:, -1]
+
+    torch.manual_seed(0)
+    model, x = SplitModel(Last(), {"a": nn.Linear(5, 2)}).double(), batches(1)[0].inputs
+    before, weight = model(x)["a"], torch.randn(*model.shared.layer.weight_hh_l0.shape, dtype=torch.float64)
+    found = aside(model, lambda net: net(x)["a"], {"shared.layer.weight_hh_l0": weight})
+    assert torch.equal(model(x)["a"], before)
+    with torch.no_grad():
+        model.shared.layer.weight_hh_l0.copy_(weight)
+    assert torch.equal(found, model(x)["a"])
+    assert not torch.equal(found, before)
+
+
 def test_the_training_graph_survives_a_look_aside():
     """BatchNorm's statistics are inputs of its backward pass."""
     found = []
@@ -140,6 +194,56 @@ def test_nothing_is_kept_unless_it_was_asked_for():
     assert kept(Step(problem(), tiny_tasks(), Method())) == (False, False)
     # Of a batch that was asked for there is a copy.
     assert kept(watching()) == (False, True)
+
+
+def test_without_an_update_nothing_has_changed_whatever_dropout_draws():
+    step = watching(stochastic())
+    for batch in batches(3):
+        step.backward(batch)
+    for found in step.encoder.seen[1:]:
+        assert torch.equal(found.after, found.before)
+
+
+def test_a_report_is_the_callers_own():
+    tasks = tiny_tasks()
+    rule = Equal(tasks)
+    step = Step(problem(), tasks, Method(encoder=rule))
+    report = step.backward(batches(1)[0])
+    for values in (report.losses, report.encoder_weights, report.decoder_weights):
+        for value in values.values():
+            value += 1
+    assert rule.weights.tolist() == [1, 1, 1]
+    watched = watching()
+    first, second = batches(2)
+    report = watched.backward(first)
+    before = report.losses["a"].clone()
+    report.losses["a"] += 5
+    watched.backward(second)
+    assert watched.encoder.seen[1].before[0] == before
+
+
+class Inputs(NamedTuple):
+    x: torch.Tensor
+
+
+def test_inputs_that_cannot_be_read_back_safely_are_not_saved(tmp_path):
+    class Unpack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 5)
+
+        def forward(self, inputs):
+            return self.layer(inputs.x)
+
+    model = SplitModel(Unpack(), {n: nn.Linear(5, 2) for n in "abc"}).double()
+    step, (batch,) = watching(model), batches(1)
+    step.backward(Batch(Inputs(batch.inputs), batch.targets))
+    step.backward(Batch(Inputs(batch.inputs), batch.targets))
+    assert step.encoder.seen[1] is not None
+    torch.save(step.state_dict(), tmp_path / "state.pt")
+    step.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    step.backward(Batch(Inputs(batch.inputs), batch.targets))
+    assert step.encoder.seen[2] is None
 
 
 def test_the_caller_may_reuse_a_batchs_memory():

@@ -128,6 +128,15 @@ def test_what_does_not_fit_is_named():
         Task("b", two_losses, objectives=("l1", "l1"))
     with pytest.raises(TypeError, match="task 'b': loss must return a mapping of its objectives, l1, l3; found l1, l2"):
         Task("b", two_losses, objectives=("l1", "l3")).mean(torch.zeros(2, 2), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="distinct names, not"):
+        Task("b", two_losses, objectives=(1, 2))
+    misfit = Task("b", two_losses, valid=lambda y: torch.ones(3, 3, dtype=torch.bool), objectives=("l1", "l2"))
+    with pytest.raises(ValueError, match="task 'b', objective 'l1': the mask of labelled elements"):
+        misfit.mean(torch.zeros(2, 2), torch.zeros(2, 2))
+    foreign = Weights()
+    foreign.task = "a"
+    with pytest.raises(ValueError, match="the shaper for 'b' was made for task 'a'"):
+        Step(problem(), tasks_with_objectives(), Method(shapers={"b": foreign}))
     with pytest.raises(TypeError, match="found Tensor"):
         Task("b", lambda p, y: p - y, objectives=("l1",)).mean(torch.zeros(2), torch.zeros(2))
     with pytest.raises(TypeError, match="loss must return a tensor, found dict"):

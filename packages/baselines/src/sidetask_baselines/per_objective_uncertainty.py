@@ -39,7 +39,7 @@ class PerObjectiveUncertainty(Shaper):
 
     def __init__(self, task: Task, *, init: float = -0.7) -> None:
         super().__init__()
-        self.task = task.name
+        self.task = self.name = task.name
         self.objectives = tuple(task.objectives)
         self.log_variance = nn.Parameter(torch.full((max(1, len(self.objectives)),), float(init)))
 
@@ -50,7 +50,7 @@ class PerObjectiveUncertainty(Shaper):
 
     def objective(self, signals: Signals) -> Tensor:
         """Σ_k L_k / (2 e^{s_k}) + s_k / 2 over the objectives that have labels in this batch."""
-        losses, labelled = signals.objectives(self.task)
+        losses, labelled = signals.objectives(self.name)
         terms = losses * self.log_variance.neg().exp() + self.log_variance
         return (terms * labelled).sum() / 2
 

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from sidetask_core.split import SplitModel
 
 Result = TypeVar("Result")
-
-
-class _Holder(nn.Module):
-    """Lets `functional_call` run any function of a model."""
-
-    def __init__(self, model: SplitModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, compute: Callable[[SplitModel], Any]) -> Any:
-        return compute(self.model)
 
 
 @dataclass(frozen=True)
@@ -68,16 +57,46 @@ def aside(
         parameters: name, as in ``model.named_parameters()``, to the tensor that takes its place.
         random: random state to begin with; the present one if None.
     """
-    # Fresh tensors, never an in-place change: the graph of the training pass is waiting for its backward pass.
-    others = {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
-    others |= {f"model.{name}": tensor for name, tensor in (parameters or {}).items()}
     device = device_of(model)
     devices = [] if device.type == "cpu" else [device]
     with (
+        _other_tensors(model, parameters or {}),
         torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
         torch.compiler.set_stance("force_eager"),
     ):
         if random is not None:
             random.restore(device)
-        result: Result = functional_call(_Holder(model), others, (compute,))
-    return result
+        return compute(model)
+
+
+@contextmanager
+def _other_tensors(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put copies in place of all buffers, and the given tensors in place of parameters.
+
+    `torch.func.functional_call` would do, but for modules that are used in two places, which it does not restore, and
+    for recurrent ones, which hold their weights in a list besides.
+    """
+    # Fresh tensors, never an in-place change: the graph of the training pass is waiting for its backward pass.
+    others = {id(model.get_parameter(name)): tensor for name, tensor in parameters.items()}
+    others |= {id(buffer): buffer.clone() for buffer in model.buffers()}
+    modules = list(model.modules())
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = [(dict(m._parameters), dict(m._buffers)) for m in modules]
+    recurrent = {module: module._flat_weights for module in modules if isinstance(module, nn.RNNBase)}
+    try:
+        for module, (own, buffers) in zip(modules, before, strict=True):
+            _refill(module, *({name: others.get(id(x), x) for name, x in some.items()} for some in (own, buffers)))
+        for layer in recurrent:
+            layer._flat_weights = [getattr(layer, name, None) for name in layer._flat_weights_names]
+        yield
+    finally:
+        for module, (own, buffers) in zip(modules, before, strict=True):
+            _refill(module, own, buffers)
+        for layer, flat in recurrent.items():
+            layer._flat_weights = flat
+
+
+def _refill(module: nn.Module, parameters: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
+    # Past `__setattr__`, which takes no plain tensor for a parameter.
+    for held, tensors in ((module._parameters, parameters), (module._buffers, buffers)):
+        held.clear()
+        held.update(tensors)

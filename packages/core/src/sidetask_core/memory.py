@@ -21,11 +21,15 @@ from sidetask_core.task import Batch, Task
 
 @dataclass(frozen=True)
 class Past:
-    """A batch and its losses, in a copy: the caller may fill the same tensors with the next batch."""
+    """A batch, its losses, and the random state before it was encoded.
+
+    In copies: the caller may fill the same tensors with the next batch.
+    """
 
     batch: Batch
     losses: Tensor
     labelled: Tensor
+    random: RandomState
 
 
 class Memory:
@@ -58,17 +62,18 @@ class Memory:
         trail = Trail.of(self.model, passes, ambient)
         self.hindsight = Hindsight.of(trail, self.model, optimizer)
 
-    def keep_batch(self, batch: Batch, losses: Tensor, labelled: Tensor) -> None:
+    def keep_batch(self, batch: Batch, passes: Passes, losses: Tensor) -> None:
         """Keep what progress will need."""
         inputs, targets = tree_map_only(Tensor, torch.clone, (batch.inputs, dict(batch.targets)))
-        self.past = Past(Batch(inputs, targets), losses, labelled)
+        self.past = Past(Batch(inputs, targets), losses.clone(), passes.labelled, passes.domains[0].random)
 
     def state(self) -> dict[str, Any]:
-        """All of it, in tensors, lists, dicts and numbers."""
+        """All of it, in tensors, lists, dicts and numbers; batches that hold anything else are left out."""
         past = hindsight = None
-        if self.past is not None:
-            past = (self.past.batch.inputs, self.past.batch.targets, self.past.losses, self.past.labelled)
-        if self.hindsight is not None:
+        if self.past is not None and _plain((self.past.batch.inputs, self.past.batch.targets)):
+            random = (self.past.random.host, self.past.random.device)
+            past = (self.past.batch.inputs, self.past.batch.targets, self.past.losses, self.past.labelled, random)
+        if self.hindsight is not None and _plain([one.input for one in self.hindsight.trail.encoded]):
             trail, ambient = self.hindsight.trail, self.hindsight.trail.ambient
             inputs = [{field.name: getattr(one, field.name) for field in fields(Encoded)} for one in trail.encoded]
             for one in inputs:
@@ -90,8 +95,9 @@ class Memory:
 
         names = [task.name for task in self.tasks]
         if state["past"] is not None and names == state["tasks"]:
-            inputs, targets, losses, labelled = there(state["past"])
-            self.past = Past(Batch(inputs, targets), losses, labelled)
+            *known, random = state["past"]
+            inputs, targets, losses, labelled = there(known)
+            self.past = Past(Batch(inputs, targets), losses, labelled, RandomState(*random))
         if state["hindsight"] is not None:
             shared, own, inputs, (kind, precision, enabled), rates = state["hindsight"]
             ambient = torch.autocast(kind, getattr(torch, precision), enabled)
@@ -117,7 +123,11 @@ class Recall:
         if past is None:
             return None
         with self.ambient:
-            losses, _ = aside(memory.model, lambda model: losses_of(model, memory.tasks, past.batch, memory.shapers))
+            losses, _ = aside(
+                memory.model,
+                lambda model: losses_of(model, memory.tasks, past.batch, memory.shapers),
+                random=past.random,
+            )
         after = parallel.add(torch.stack([loss.to(past.losses) for loss in losses]))
         return Progress(past.losses, after, past.labelled)
 
@@ -128,3 +138,12 @@ class Recall:
         if self.last is None:
             return None
         return self.last.derivative(memory.model, memory.tasks, self.passes, part, mode, among)
+
+
+def _plain(structure: Any) -> bool:
+    """Whether `torch.load` reads it back with ``weights_only=True``."""
+    if type(structure) is dict:
+        return all(_plain(key) and _plain(value) for key, value in structure.items())
+    if type(structure) in (list, tuple):
+        return all(map(_plain, structure))
+    return structure is None or type(structure) in (Tensor, bool, int, float, str)

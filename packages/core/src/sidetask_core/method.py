@@ -85,9 +85,11 @@ class Shaper(nn.Module):
     Attributes:
         elementwise: whether it needs one loss per element. Without, it weighs whole objectives, and a loss that is a
             scalar will do.
+        task: the name of the one task it was made for; None if any will do.
     """
 
     elementwise = True
+    task: str | None = None
 
     def forward(self, losses: Any, target: Any) -> Any:
         """Weights that broadcast to the element losses ``[N, *]``; called without gradient.

@@ -191,10 +191,11 @@ class Signals:
     def progress(self) -> Progress | None:
         """The losses of the previous step's batch, then and now; None in a first step.
 
-        Costs a forward pass without gradient over that batch, of which a copy is kept from step to step once this was
-        asked for. What stands between the two losses is whatever the caller did to the parameters, nothing at all while
-        gradients accumulate. A step that failed leaves none to the next, and neither does a resume under several
-        processes unless each loads a state of its own.
+        Costs a forward pass without gradient over that batch, of which a copy is kept from step to step, and saved with
+        the step, once this was asked for. Dropout draws what it drew then, so that what stands between the two losses
+        is whatever the caller did to the parameters, nothing at all while gradients accumulate. A step that failed
+        leaves none to the next; neither does a resume under several processes unless each loads a state of its own, or
+        one of a batch that holds more than tensors, lists, tuples and dicts, which cannot be read back safely.
         """
         return self._progress()
 

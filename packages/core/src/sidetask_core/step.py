@@ -129,9 +129,11 @@ class Step(nn.Module):
                 f"the model has a head without a task: {_listed(idle)}; the tasks are: {_listed(names)} "
                 "(model.restricted_to(tasks) drops such heads)"
             )
-        for name in method.shapers:
+        for name, shaper in method.shapers.items():
             if name not in names:
                 raise ValueError(f"there is a shaper for {name!r}, but the tasks are: {_listed(names)}")
+            if shaper.task not in (None, name):
+                raise ValueError(f"the shaper for {name!r} was made for task {shaper.task!r}")
         for slot, rule in (("encoder", method.encoder), ("decoder", method.decoder)):
             if rule is not None and rule.tasks != names:
                 raise ValueError(
@@ -237,7 +239,7 @@ class Step(nn.Module):
                 rule_gradients[parameter] = gradient * passes.scale.to(gradient)
             accumulate(rule_gradients | combine(passes, weights))
         if self._memory.wants_progress:
-            self._memory.keep_batch(batch, signals.losses, signals.labelled)
+            self._memory.keep_batch(batch, passes, signals.losses)
         self.iteration += 1
         return Report(
             losses=self._by_name(signals.losses),
@@ -270,7 +272,7 @@ class Step(nn.Module):
         self._memory.load_state(state["memory"])
 
     def _by_name(self, values: Tensor) -> dict[str, Tensor]:
-        return {task.name: value for task, value in zip(self.tasks, values.detach().unbind(), strict=True)}
+        return {task.name: value for task, value in zip(self.tasks, values.detach().clone().unbind(), strict=True)}
 
     def _check_finite(self, losses: Tensor) -> None:
         pending: _Finite | None = _Finite(losses.isfinite(), self.iteration)

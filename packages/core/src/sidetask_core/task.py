@@ -83,7 +83,8 @@ class Task:
         if self.valid is not None and not callable(self.valid):
             raise TypeError(f"task {self.name!r}: valid must be callable as valid(target), not {self.valid!r}")
         names = list(self.objectives)
-        if isinstance(self.objectives, str) or len(set(names)) < len(names) or not all(names):
+        named = all(isinstance(name, str) and name for name in names)
+        if isinstance(self.objectives, str) or not named or len(set(names)) < len(names):
             raise ValueError(f"task {self.name!r}: objectives are distinct names, not {self.objectives!r}")
 
     def elements(self, prediction: Any, target: Any) -> list[tuple[Tensor, Tensor | None]]:
@@ -99,9 +100,8 @@ class Task:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             found = f"{mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"task {self.name!r}: valid(target) must return a boolean tensor, found {found}")
-        return [
-            (losses, self._fit(mask, losses)) for losses in self._call_loss(prediction, _fill_unlabelled(target, mask))
-        ]
+        tensors = self._call_loss(prediction, _fill_unlabelled(target, mask))
+        return [(losses, self._fit(mask, losses, i)) for i, losses in enumerate(tensors)]
 
     def mean(self, prediction: Any, target: Any) -> tuple[Tensor, Tensor]:
         """The masked mean of the element losses and how many elements it is over.
@@ -125,23 +125,27 @@ class Task:
             tensors = [found[name] for name in self.objectives]
         else:
             tensors = [cast(Tensor, found)]
-        for losses in tensors:
+        for i, losses in enumerate(tensors):
             if not isinstance(losses, Tensor):
-                raise TypeError(f"task {self.name!r}: loss must return a tensor, found {type(losses).__name__}")
+                raise TypeError(f"{self._called(i)}: loss must return a tensor, found {type(losses).__name__}")
         # Sums over many elements and everything a rule reads want at least single precision.
         return [losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses for losses in tensors]
 
-    def _fit(self, mask: Tensor, losses: Tensor) -> Tensor:
+    def _called(self, i: int) -> str:
+        """The task, and which of its objectives."""
+        return f"task {self.name!r}" + (f", objective {self.objectives[i]!r}" if self.objectives else "")
+
+    def _fit(self, mask: Tensor, losses: Tensor, i: int) -> Tensor:
         if losses.ndim == 0:
             raise ValueError(
-                f"task {self.name!r}: valid needs one loss per element, but the loss returned a scalar; "
+                f"{self._called(i)}: valid needs one loss per element, but the loss returned a scalar; "
                 "use reduction='none'"
             )
         try:
             return _append_dims(mask, losses.ndim).expand_as(losses)
         except RuntimeError as error:
             raise ValueError(
-                f"task {self.name!r}: the mask of labelled elements {list(mask.shape)} does not fit "
+                f"{self._called(i)}: the mask of labelled elements {list(mask.shape)} does not fit "
                 f"the losses {list(losses.shape)}"
             ) from error
 

@@ -54,7 +54,10 @@ def frames(tmp_path: Path) -> Path:
 def test_noise_alone_is_auxiliary_and_each_lambda_can_move_as_in_the_paper(name: str, frames: Path) -> None:
     experiment = load_experiment(name)
     assert list(experiment.rows) == ["equal", "uncertainty", "autolambda", "autolambda-online"] == ROWS
-    small = {"root": str(frames), "validation": 4} if name == "frames-noise" else {"train": 4, "validation": 2, "test": 2}
+    if name == "frames-noise":
+        small = {"root": str(frames), "validation": 4}
+    else:
+        small = {"train": 4, "validation": 2, "test": 2}
     options = experiment.dataset.options | small
     data = make_dataset(type(experiment.dataset)(experiment.dataset.name, options))
     assert [(task.name, task.primary) for task in data.tasks] == [(task, task != "noise") for task in TASKS]
@@ -87,7 +90,8 @@ def test_a_comparison_shows_what_noise_weighs(tmp_path: Path) -> None:
 
 
 def test_folders_of_frames_take_it(frames: Path, tmp_path: Path) -> None:
-    changes = ["dataset.size=[16, 24]", "dataset.validation=4", *TINY[4:], "training.epochs=1", f"dataset.root={frames}"]
+    data = ["dataset.size=[16, 24]", "dataset.validation=4", f"dataset.root={frames}"]
+    changes = [*data, *TINY[4:], "training.epochs=1"]
     train(load_experiment("frames-noise", changes).run("autolambda", 0), tmp_path / "run")
     (first, *_) = weights(tmp_path / "run")
     assert list(first["encoder"]) == TASKS

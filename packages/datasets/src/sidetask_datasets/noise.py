@@ -1,8 +1,8 @@
 """A task that nothing can teach: noise to predict beside the tasks of any dense dataset.
 
 What a method of auxiliary learning does with it is a check of the method (Liu, James, Davison, Johns, "Auto-λ:
-Disentangling dynamic task relationships", TMLR 2022): a method that asks which tasks help should find that this one does
-not.
+Disentangling dynamic task relationships", TMLR 2022): a method that asks which tasks help should find that this one
+does not.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ NAME = "noise"
 
 
 def with_noise(dataset: Dataset, seed: int = 0) -> Dataset:
-    """The dataset with one more task, "noise": an auxiliary one, whose target is a map of uniform noise for each sample.
+    """The dataset with one more task, "noise": an auxiliary one, whose target is a map of noise for each sample.
 
-    Targets are float32 ``[N, 1, H, W]`` in [0, 1), independent from pixel to pixel; the loss is L1, the metric the mean
-    absolute error. Only a memory of the samples predicts them better than the constant 1/2, whose error is 1/4. A
-    sample has the same noise in every epoch, order, batch size and process, and on every device. Augmentation leaves it
-    where it is: noise that moved with the image would be noise all the same.
+    Targets are float32 ``[N, 1, H, W]``, uniform in [0, 1), independent from pixel to pixel; the loss is L1, the metric
+    the mean absolute error. Only a memory of the samples predicts them better than the constant 1/2, whose error is
+    1/4. A sample has the same noise in every epoch, order, batch size and process, and on every device. Augmentation
+    leaves it where it is: noise that moved with the image would be noise all the same.
 
     Args:
         dataset: whose tasks label pixels.
@@ -43,19 +43,21 @@ def with_noise(dataset: Dataset, seed: int = 0) -> Dataset:
     """
     check_seed(seed)
     if not dataset.dense:
-        raise ValueError(f"dataset {dataset.name!r} labels whole images; noise is a map, for datasets that label pixels")
+        raise ValueError(f"dataset {dataset.name!r} labels whole images; noise is for datasets that label pixels")
     if NAME in (task.name for task in dataset.tasks):
         raise ValueError(f"dataset {dataset.name!r} has a task {NAME!r} already")
-    splits = {
-        name: NoisySplit(split, draws.key(seed, "noise task", name))
-        for name, split in (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test))
-    }
+
+    def noisy(split: Split, name: str) -> NoisySplit:
+        return NoisySplit(split, draws.key(seed, "noise task", name))
+
     return replace(
         dataset,
         tasks=(*dataset.tasks, tasks.noise(NAME)),
+        train=noisy(dataset.train, "train"),
+        validation=noisy(dataset.validation, "validation"),
+        test=noisy(dataset.test, "test"),
         outputs={**dataset.outputs, NAME: 1},
         views={**dataset.views, NAME: View("scalar")},
-        **splits,
     )
 
 

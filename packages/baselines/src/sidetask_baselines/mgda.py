@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sidetask_baselines.gramian import GramianWeighting
 from sidetask_baselines.scale import check_scale, total_weight
-from sidetask_baselines.simplex import min_norm_weights, vectors
+from sidetask_baselines.simplex import shortest
 
 
 class MGDA(GramianWeighting):
@@ -55,7 +55,7 @@ class MGDA(GramianWeighting):
 
     def solve(self, gramian: np.ndarray) -> np.ndarray:
         """Weights of the shortest combination, at least zero, that sum to the number of tasks or to 1."""
-        return total_weight(self.scale, len(gramian)) * min_norm_weights(vectors(gramian))
+        return total_weight(self.scale, len(gramian)) * shortest(gramian)
 
 
 def mgda(tasks: Sequence[Task], *, at: Place = "features", normalization: str = "none", scale: str = "sum") -> Method:

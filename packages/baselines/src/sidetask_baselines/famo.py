@@ -9,7 +9,7 @@ from sidetask_core import Method, Signals, Task, Weighting
 from sidetask_core.adam import Adam
 from torch import Tensor
 
-from sidetask_baselines.scale import check_scale
+from sidetask_baselines.scale import check_scale, softmax_among
 
 # Added to losses before they are divided by and before their logarithm, as in the released code.
 EPSILON = 1e-8
@@ -64,19 +64,14 @@ class FAMO(Weighting):
             rounding = ROUNDING * torch.finfo(progress.after.dtype).eps * progress.before.abs()
             moved = ((progress.before - progress.after).abs() > rounding) & progress.labelled
             there = progress.labelled & fell.isfinite() & moved.any()
-            shares = _softmax(self.logits, there)
+            shares = softmax_among(self.logits, there)
             fell = torch.where(there, fell, 0.0)
             self.logits = self.adam(self.logits, shares * (fell - (shares * fell).sum()), there)
         weighable = signals.labelled & (signals.losses > -EPSILON)
-        shares = _softmax(self.logits, weighable)
+        shares = softmax_among(self.logits, weighable)
         wanted = torch.where(weighable, shares / (signals.losses + EPSILON), 0.0)
         total = weighable.sum() if self.scale == "sum" else 1.0
         return total * wanted / wanted.sum().clamp(min=torch.finfo(wanted.dtype).tiny)
-
-
-def _softmax(logits: Tensor, among: Tensor) -> Tensor:
-    """The softmax of some of the logits, zero for the others; zeros if there are none."""
-    return torch.where(among, torch.where(among, logits, -torch.inf).softmax(dim=0), 0.0)
 
 
 def famo(tasks: Sequence[Task], *, lr: float = 0.025, decay: float = 0.01, scale: str = "sum") -> Method:

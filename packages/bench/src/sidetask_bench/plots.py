@@ -344,11 +344,13 @@ def _bars(ax: Axes, names: Sequence[str], bars: Sequence[Bar | None], label: str
         )
     ax.set_yticks(range(len(names)), [_short(name) for name in names], color=LIGHT.ink)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.margins(x=0.18)
+    widest = max((len(_signed(bar.mean)) for bar in bars if bar), default=0)
+    ax.use_sticky_edges = False  # or there is no margin at 0, where the baseline's number stands
+    ax.margins(x=max(0.18, 0.06 * widest))
 
 
 def _signed(value: float) -> str:
-    return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
+    return "0.0" if abs(value) < 0.05 else f"{value:+.{0 if abs(value) >= 1000 else 1}f}".replace("-", "−")
 
 
 def _in_words(names: Sequence[str], bars: Sequence[Bar | None]) -> str:

@@ -228,10 +228,9 @@ class Rerun:
     @classmethod
     def of(cls, model: SplitModel, task: Task, t: int, passes: Passes, ambient: torch.autocast) -> Rerun | None:
         """The rerun of task `t` of a step; None if its batch has no labels here. It copies nothing."""
-        elements = passes.elements[t]
-        if elements is None:
+        elements, domain = passes.elements[t], passes.domain_of[t]
+        if elements is None or domain is None:
             return None
-        domain = passes.domain_of[t]
         above = {id(p) for p in [*model.shared_parameters(), *model.specific_parameters(task.name)]}
         parameters = {n: p.detach() for n, p in model.named_parameters() if id(p) in above and p.requires_grad}
         losses, masks = zip(*elements, strict=True)
@@ -438,6 +437,8 @@ class Hindsight:
         """α ∇ of the unweighted loss of tasks `of` in this step, by name."""
         ones = torch.tensor([float(t in of) for t in range(len(passes.losses))]).to(passes.losses[0])
         found = combine(passes, Weights(ones, ones), ahead=True)
+        # No step has these weights, so that nobody will ask for the gradient again.
+        passes.ahead = None
         governed = parameters_of(model, passes, part)
         return {
             name: passes.unscaled(found.pop(p)) * self.rates[name]

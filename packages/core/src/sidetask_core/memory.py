@@ -90,7 +90,10 @@ class Memory:
         return {"tasks": names, "wants": wants, "past": past, "hindsight": hindsight, "rank": parallel.rank()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state, unless it is another process's."""
+        """Take over a saved state, of another process's only what it was asked for.
+
+        A rule that asks in every n-th step would otherwise miss the first time after a resume.
+        """
         self.past, self.hindsight, self.agreed = None, None, False
         self.wants_progress, self.wants_hindsight, elements = state["wants"]
         self.wants_elements = {*elements}

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from sidetask_core import parallel
 from sidetask_core.aside import RandomState, device_of
 from sidetask_core.split import SplitModel
-from sidetask_core.task import Batch, Task, masked_sum
+from sidetask_core.task import Batch, Task, _listed, masked_sum
 
 Gradients = list[Tensor | None]
 Elements = list[tuple[Tensor, Tensor | None]]
@@ -117,13 +117,14 @@ class Passes:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.shared = [p for p in model.shared_parameters() if p.requires_grad]
         self.domains: list[Domain] = []
-        self.domain_of: list[Domain] = []
+        # None for a task whose input is not in the batch; such a task has no pass and no gradient.
+        self.domain_of: list[Domain | None] = [None] * len(tasks)
         self.branch_of: list[Branch | None] = [None] * len(tasks)
         self.own: list[list[nn.Parameter]] = [[] for _ in tasks]
         self.elements: list[Elements | None] = [None] * len(tasks)
         self.targets: list[Any] = []
         # The random state before the branch and before the head of each task, which only shapers ask for.
-        self.random: list[tuple[RandomState, RandomState]] = []
+        self.random: dict[int, tuple[RandomState, RandomState]] = {}
         self._forward(model, tasks, batch, shapers)
         one = torch.ones((), dtype=self.losses[0].dtype, device=self.losses[0].device)
         self.scaled = scaler is not None and scaler.is_enabled()
@@ -141,25 +142,28 @@ class Passes:
         self.targets = [batch.target_of(task) for task in tasks]
         device = device_of(model)
         by_input: dict[int, Domain] = {}
+        if all(one is None for one in inputs):
+            raise ValueError(f"the batch has no input of any task; the tasks are: {_listed(t.name for t in tasks)}")
         for t, one in enumerate(inputs):
+            if one is None:
+                continue
             if id(one) not in by_input:
                 before = RandomState.of(device)
                 by_input[id(one)] = Domain(Cut(model.encode(one)), one, before)
-            self.domain_of.append(by_input[id(one)])
-            self.domain_of[t].tasks.append(t)
+            self.domain_of[t] = domain = by_input[id(one)]
+            domain.tasks.append(t)
         self.domains = list(by_input.values())
-        sums: dict[int, Sums] = {}
-        random: dict[int, tuple[RandomState, RandomState]] = {}
+        nothing = self.domains[0].cut.structure
+        sums = {t: _sums(tasks[t], None, nothing, None, shapers) for t, one in enumerate(inputs) if one is None}
         for domain in self.domains:
             read = self._branches(model, tasks, domain, noted=bool(shapers))
             for t, (features, before) in zip(domain.tasks, read, strict=True):
                 task, target, elements = tasks[t], self.targets[t], None
-                random[t] = before, RandomState.of(device) if shapers else before
+                self.random[t] = before, RandomState.of(device) if shapers else before
                 if target is not None:
                     elements = task.elements(model.heads[task.name](features), target)
                     self.elements[t] = [(losses.detach(), mask) for losses, mask in elements]
                 sums[t] = _sums(task, elements, features, target, shapers)
-        self.random = [random[t] for t in range(len(tasks))]
         self.losses, self.labelled = _means([sums[t] for t in range(len(tasks))])
 
     def _branches(
@@ -195,7 +199,9 @@ class Passes:
         """
         if t in self._heads:
             return self._heads[t] if keep else self._heads.pop(t)
-        cut = (self.branch_of[t] or self.domain_of[t]).cut.below
+        place = self.branch_of[t] or self.domain_of[t]
+        assert place is not None
+        cut = place.cut.below
         wanted = [*self.own[t], *cut]
         loss = self.losses[t]
         grads: Gradients = [None] * len(wanted)
@@ -232,6 +238,7 @@ class Passes:
         if self._parameters is None:
             sizes = [p.numel() for p in self.shared]
             matrix = _matrix(len(self.losses), self.shared)
+            matrix[[t for t, domain in enumerate(self.domain_of) if domain is None]] = 0
             used = torch.zeros(len(self.shared), dtype=torch.int32)
             for domain in self.domains:
                 if not domain.cut.above:
@@ -293,7 +300,8 @@ def losses_of(
     inputs = [batch.input_of(task) for task in tasks]
     targets = [batch.target_of(task) for task in tasks]
     # In the order of a step, so that layers which draw at random draw the same.
-    features = {id(one): model.encode(one) for one in {id(one): one for one in inputs}.values()}
+    features = {id(one): model.encode(one) for one in {id(one): one for one in inputs if one is not None}.values()}
+    nothing = next(iter(features.values()), list(model.parameters()))
     predictions: dict[str, Any] = {}
     for key, shared in features.items():
         riders = [
@@ -303,7 +311,7 @@ def losses_of(
     sums = []
     for task, one, target in zip(tasks, inputs, targets, strict=True):
         elements = None if target is None else task.elements(predictions[task.name], target)
-        sums.append(_sums(task, elements, features[id(one)], target, shapers))
+        sums.append(_sums(task, elements, features.get(id(one), nothing), target, shapers))
     return _means(sums)
 
 

@@ -252,7 +252,7 @@ class Signals:
 
         Args:
             weights: of the tasks in the step ``[T]``.
-            mode: ``"exact"``, by a forward-mode derivative of the encoder, which costs about two forward passes of it;
+            mode: ``"exact"``, by a forward-mode derivative of the encoder, which does the work of three forward passes;
                 ``"difference"``, by two forward passes of the encoder with displaced parameters; ``"one-sided"``, by
                 one. Heads are not run again.
             among: the tasks whose derivatives are wanted; all if None. Others get zero, and tasks with inputs of their
@@ -347,7 +347,7 @@ class Signals:
 
     def _one_domain(self) -> None:
         domains = self._passes.domains
-        if len(domains) > 1:
+        if len(domains) > 1 or len(domains[0].tasks) < len(self.tasks):
             inputs = {task.name: task.input for task in self._tasks}
             raise ValueError(
                 "gradients at the features cannot be compared between tasks with different inputs "

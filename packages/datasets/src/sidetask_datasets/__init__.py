@@ -8,6 +8,7 @@ from sidetask_datasets.dataset import Dataset
 from sidetask_datasets.digits import digits
 from sidetask_datasets.files import DataError
 from sidetask_datasets.frames import frames
+from sidetask_datasets.noise import with_noise
 from sidetask_datasets.scenes import scenes
 from sidetask_datasets.split import ResidentSplit, Split
 from sidetask_datasets.view import View, gallery, palette
@@ -25,4 +26,5 @@ __all__ = [
     "gallery",
     "palette",
     "scenes",
+    "with_noise",
 ]

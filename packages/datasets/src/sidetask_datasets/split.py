@@ -39,6 +39,10 @@ class Split(ABC):
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
         """The samples `ids` (``[n]`` int64 on the split's device), augmented for this seed and epoch if asked."""
 
+    def identify(self, ids: Tensor, epoch: int) -> Tensor:
+        """What tells samples of all epochs apart: the ids themselves, unless every epoch has samples of its own."""
+        return ids
+
     def __getitem__(self, indices: int | slice | Sequence[int] | Tensor) -> Batch:
         """Unaugmented samples, as a batch (of one, for a single index).
 

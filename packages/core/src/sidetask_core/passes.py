@@ -147,7 +147,7 @@ class Passes:
         self.domains = list(by_input.values())
         sums: dict[int, Sums] = {}
         for domain in self.domains:
-            for t, features in zip(domain.tasks, self._branches(model, tasks, domain), strict=True):
+            for t, features in zip(domain.tasks, self._branches(model, tasks, targets, domain), strict=True):
                 task, target, elements = tasks[t], targets[t], None
                 if target is not None:
                     elements = task.elements(model.heads[task.name](features), target)
@@ -155,7 +155,7 @@ class Passes:
                 sums[t] = _sums(task, elements, features, target, shapers)
         self.losses, self.labelled = _means([sums[t] for t in range(len(tasks))])
 
-    def _branches(self, model: SplitModel, tasks: Sequence[Task], domain: Domain) -> list[Any]:
+    def _branches(self, model: SplitModel, tasks: Sequence[Task], targets: Sequence[Any], domain: Domain) -> list[Any]:
         """What each task's head reads, in the order of the domain's tasks; every branch is computed once."""
         read: dict[int, Any] = {}
         routes = [model.route[tasks[t].name] for t in domain.tasks]
@@ -163,7 +163,8 @@ class Passes:
             riders = [t for t, route in zip(domain.tasks, routes, strict=True) if route == name]
             output = domain.cut.structure if name is None else model.branches[name](domain.cut.structure)
             branch = None
-            if name is not None and len(riders) > 1:
+            # A head that is not run needs no cut, so that a task which sits out changes no bit of what others do.
+            if name is not None and sum(targets[t] is not None for t in riders) > 1:
                 branch = Branch(Cut(output), [p for p in model.branches[name].parameters() if p.requires_grad])
                 domain.branches.append(branch)
                 output = branch.cut.structure

@@ -14,7 +14,8 @@ class Uncertainty(Weighting):
 
     The objective is Σ_t L_t / (2 e^{s_t}) + s_t / 2 with s_t = log σ_t², so that the weights are e^{−s_t} / 2 and
     settle where σ_t² = L_t. `log_variance` ``[T]`` is trained by the caller's optimizer (``step.parameters()``), in
-    Auto-λ's code and here without constraint.
+    Auto-λ's code and here without constraint. A loss that stays zero or negative lets s_t fall, and the weight rise,
+    without bound: no variance equals it.
 
     Args:
         tasks: the tasks.

@@ -23,7 +23,7 @@ _HOMES = {
         "pcgrad cagrad mgda imtl-g imtl graddrop pareto-mtl nash-mtl aligned-mtl gcs ol-aux torchjd",
         "sidetask-autolambda": "autolambda",
         "sidetask-ial": "ial",
-        "sidetask-saal": "saal saal-e saal-w saal-ew",
+        "sidetask-saal": "saal-e saal-w saal-ew",
         "sidetask-classwise": "classwise",
     },
     "datasets": {"sidetask-datasets": "scenes digits frames"},

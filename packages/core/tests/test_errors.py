@@ -247,7 +247,7 @@ def test_methods_check_their_slots():
         Method(decoder=type("Combining", (Combiner,), {})(tasks, at="features"))
     with pytest.raises(TypeError, match="encoder must be a Weighting or a Combiner, found str"):
         Method(encoder="pcgrad")
-    with pytest.raises(TypeError, match="augment must be callable"):
+    with pytest.raises(TypeError, match="augment must be an Augment, found str"):
         Method(augment="saal")
     with pytest.raises(ValueError, match="'features' or 'parameters', not 'heads'"):
         WrongSum(tasks, at="heads")

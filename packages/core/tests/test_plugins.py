@@ -3,8 +3,8 @@
 from importlib.metadata import EntryPoint
 
 import pytest
-from sidetask_core import Equal, Fixed, Method, MissingKey, plugins
-from sidetask_core.testing import tiny_tasks
+from sidetask_core import Augment, Equal, Fixed, Method, MissingKey, Task, plugins
+from sidetask_core.testing import squared, tiny_tasks
 
 
 def halves(tasks, weight=0.5):
@@ -13,6 +13,16 @@ def halves(tasks, weight=0.5):
 
 def encoder_only(tasks):
     return Method(encoder=Equal(tasks))
+
+
+class Copies(Augment):
+    def extended(self, tasks):
+        return [*tasks, Task("copy", squared, primary=False, target="a")]
+
+
+def copies(tasks):
+    augment = Copies()
+    return Method(augment=augment, encoder=Equal(augment.extended(tasks)))
 
 
 def broken(tasks):
@@ -87,6 +97,18 @@ def test_methods_from_names_options_and_slots(offers):
     assert isinstance(mixed.encoder, Equal)
     assert mixed.decoder.weights.tolist() == [3, 3, 3]
     assert plugins.make_method({"decoder": "halves"}, tasks).encoder is None
+
+
+def test_rules_beside_an_augment_weigh_its_tasks_too(offers):
+    offers.append(point("copies", "copies", "mine"))
+    tasks = tiny_tasks()
+    method = plugins.make_method({"decoder": "halves", "encoder": "plain", "augment": "copies"}, tasks)
+    assert method.encoder.tasks == method.decoder.tasks == ("a", "b", "c", "copy")
+    assert plugins.make_method("copies", tasks).encoder.tasks == ("a", "b", "c", "copy")
+    with pytest.raises(
+        ValueError, match="encoder 'copies' weighs the tasks a, b, c, copy, but there are a, b, c; name"
+    ):
+        plugins.make_method({"encoder": "copies", "decoder": "halves"}, tasks)
 
 
 def test_specs_that_cannot_be_built(offers):

@@ -2,8 +2,21 @@
 
 import pytest
 import torch
-from sidetask_core import Batch, Equal, Fixed, Method, Product, Shaper, Signals, SplitModel, Step, Task, Weighting
-from sidetask_core.testing import batches, gradients, problem, squared, tiny_tasks, train
+from sidetask_core import (
+    Augment,
+    Batch,
+    Equal,
+    Fixed,
+    Method,
+    Product,
+    Shaper,
+    Signals,
+    SplitModel,
+    Step,
+    Task,
+    Weighting,
+)
+from sidetask_core.testing import SPLITS, batches, gradients, problem, squared, tiny_tasks, train
 from torch import nn
 
 
@@ -128,10 +141,22 @@ def test_products_multiply_and_add_objectives():
     assert {w.item() for w in step.backward(batch).encoder_weights.values()} == {0.25}
 
 
-class AddsHead:
-    def __call__(self, model, tasks):
+class AddsHead(Augment):
+    rests = ()
+
+    def __init__(self, branch=None):
+        super().__init__()
+        self.branch = branch
+
+    def extended(self, tasks):
+        return [*tasks, Task("copy", squared, primary=False, target="a")]
+
+    def forward(self, model, tasks):
         head = nn.Linear(5, 2).double()
-        return model.with_heads({"copy": head}), [*tasks, Task("copy", squared, primary=False, target="a")]
+        return model.with_heads({"copy": head}, {"copy": self.branch})
+
+    def resting(self, iteration, epoch):
+        return self.rests
 
 
 def test_an_augment_changes_model_and_tasks_and_is_dropped_on_export():
@@ -143,6 +168,46 @@ def test_an_augment_changes_model_and_tasks_and_is_dropped_on_export():
     assert list(step.export().heads) == ["a", "b", "c"]
     assert "copy" not in model.heads
     assert step.model.shared is model.shared
+
+
+class Progresses(Weighting):
+    """Remembers what the last update did."""
+
+    def forward(self, signals: Signals):
+        self.last = signals.progress()
+        return signals.labelled.to(signals.losses)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_resting_task_is_not_run_and_changes_no_bit_of_the_others(split):
+    tasks = [Task(n, squared) for n in "abc"]
+    plain, first, data = problem(split), problem(split), batches(4)
+    both, alone = (
+        AddsHead("a" if split == "half-shared" else "both" if "two" in split else None),
+        Step(plain, tasks, Method(encoder=Progresses(tasks))),
+    )
+    extended = both.extended(tasks)
+    step = Step(first, tasks, Method(augment=both, encoder=Progresses(extended)))
+    seen = []
+    step.model.heads["copy"].register_forward_hook(lambda *_: seen.append(step.iteration))
+    both.rests = ("copy",)
+    optimizers = [torch.optim.SGD(s.model.parameters(), lr=0.1, momentum=0.9) for s in (step, alone)]
+    for i, batch in enumerate(data):
+        if i == 3:
+            # The update that is looked back at was made without it.
+            both.rests = ()
+        reports = []
+        for one, optimizer in zip((step, alone), optimizers, strict=True):
+            optimizer.zero_grad()
+            reports.append(one.backward(batch))
+            optimizer.step()
+        if i < 3:
+            assert all(torch.equal(p, q) for p, q in zip(first.parameters(), plain.parameters(), strict=True))
+            assert step.model.heads["copy"].weight.grad is None
+            assert reports[0].losses["copy"] == reports[0].encoder_weights["copy"] == 0
+    assert seen == [3]
+    assert step.encoder.last.labelled.tolist() == [True, True, True, False]
+    assert step.encoder.last.after[3] == 0
 
 
 class Looks(Weighting):

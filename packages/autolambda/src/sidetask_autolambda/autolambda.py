@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from sidetask_core import Method, Signals, Task, Weighting
-from sidetask_core.adam import Adam
+from sidetask_core import BilevelWeighting, Method, Task
+from sidetask_core.bilevel import When
 from sidetask_core.signals import Mode
-from torch import Tensor, nn
+from torch import Tensor
 
-When = Literal["before", "after", "online"]
 Constraint = Literal["nonnegative", "softmax"] | Sequence[float] | None
 
 
-class AutoLambda(Weighting):
+class AutoLambda(BilevelWeighting):
     """Learn the weights under which a step on the training losses lowers the validation loss most.
 
     The network takes steps on Σ_t λ_t L_t. After one with learning rate α from θ to θ', the primary tasks' unweighted
@@ -66,12 +65,13 @@ class AutoLambda(Weighting):
     A state of other tasks, or of another order, is taken over by name: a task that is new starts at `init` (1 under
     ``"softmax"``) without moments, one that is gone is forgotten.
 
-    >>> rule = AutoLambda([Task("seg", loss=abs), Task("depth", loss=abs, primary=False)])
+    >>> seg, depth, noise = (Task(name, loss=abs) for name in ("seg", "depth", "noise"))
+    >>> rule = AutoLambda([seg, noise])
     >>> rule.weights.tolist()
     [0.1, 0.1]
+    >>> rule.for_tasks([depth, seg]).tasks
+    ('depth', 'seg')
     """
-
-    weights: Tensor
 
     def __init__(
         self,
@@ -87,30 +87,24 @@ class AutoLambda(Weighting):
         sample: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(tasks, seed=seed)
-        if not any(self.primary):
-            raise ValueError(
-                "no task is primary, so there is no validation loss to lower; "
-                f"the tasks are: {', '.join(self.tasks)}, all with primary=False"
-            )
-        for option, value, known in (("when", when, get_args(When)), ("mode", mode, get_args(Mode))):
-            if value not in known:
-                raise ValueError(f"{option} must be one of {', '.join(known)}; not {value!r}")
-        for option, count in (("every", every), ("sample", 1 if sample is None else sample)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{option} must be a whole number of at least 1, not {count!r}")
-        self.softmax = constraint == "softmax"
-        if self.softmax and sample == 1:
+        softmax, (low, high) = constraint == "softmax", _bounds(constraint)
+        if softmax and sample == 1:
             raise ValueError("constraint 'softmax' trades one task's weight for another's; sample must be at least 2")
-        self.low, self.high = _bounds(constraint)
-        if not math.isfinite(init) or not self.low <= init <= self.high:
-            raise ValueError(f"init must be finite and within [{self.low}, {self.high}], not {init}")
-        self.when, self.every, self.mode, self.sample = when, every, mode, sample
-        self.start = 1.0 if self.softmax else float(init)
-        self.adam = Adam(len(self.tasks), lr=lr, weight_decay=weight_decay)
-        self.register_buffer("weights", torch.full((len(self.tasks),), self.start, dtype=torch.float64))
-        self.register_load_state_dict_pre_hook(_by_name)
-        self._options: dict[str, Any] = {
+        if not math.isfinite(init) or not low <= init <= high:
+            raise ValueError(f"init must be finite and within [{low}, {high}], not {init}")
+        super().__init__(
+            tasks,
+            lr=lr,
+            init=1.0 if softmax else init,
+            when=when,
+            every=every,
+            mode=mode,
+            weight_decay=weight_decay,
+            sample=sample,
+            seed=seed,
+        )
+        self.softmax, self.low, self.high = softmax, low, high
+        self.options = {
             "lr": lr,
             "init": init,
             "when": when,
@@ -122,29 +116,11 @@ class AutoLambda(Weighting):
             "seed": seed,
         }
 
-    def forward(self, signals: Signals) -> Tensor:
-        """λ ``[T]``."""
-        # The step saves a pass if it gets the very tensor that was looked ahead with.
-        now = self.weights.to(signals.losses)
-        if signals.iteration % self.every:
-            return now
-        among = None
-        if self.sample is not None:
-            order = torch.randperm(len(self.tasks), generator=self.generator).tolist()
-            among = [self.tasks[t] for t in order[: self.sample]]
-        if self.when == "online":
-            derivative = signals.hindsight(mode=self.mode, among=among)
-        else:
-            derivative = signals.lookahead(now, mode=self.mode, among=among)
-        if derivative is not None:
-            self.weights = self._moved(derivative.to(self.weights))
-        return now if self.when == "after" else self.weights.to(signals.losses)
-
-    def _moved(self, derivative: Tensor) -> Tensor:
+    def moved(self, derivative: Tensor) -> Tensor:
         """λ after Adam's step ``[T]``, within its constraint."""
-        present = derivative.isfinite() & (derivative != 0)
         if not self.softmax:
-            return self.adam(self.weights, derivative, present).clamp(self.low, self.high)
+            return super().moved(derivative).clamp(self.low, self.high)
+        present = derivative.isfinite() & (derivative != 0)
         # With S the sum over those present, λ = S softmax(ℓ), so ∂λ_i/∂ℓ_j = λ_i (δ_ij − λ_j / S); ℓ = log λ is one
         # solution, and saves a state of its own. A λ that underflowed would have no way back.
         weights = self.weights.clamp(min=torch.finfo(self.weights.dtype).tiny)
@@ -154,38 +130,9 @@ class AutoLambda(Weighting):
         shares = torch.where(present, logits, -torch.inf).softmax(dim=0)
         return torch.where(present, total * shares, self.weights)
 
-    def for_tasks(self, tasks: Sequence[Task]) -> AutoLambda:
-        """The rule of a run that goes on with other tasks: same options, λ and moments by name.
-
-        >>> seg, depth, noise = (Task(name, loss=abs) for name in ("seg", "depth", "noise"))
-        >>> AutoLambda([seg, noise]).for_tasks([depth, seg]).tasks
-        ('depth', 'seg')
-        """
-        rule = AutoLambda(tasks, **self._options)
-        rule.load_state_dict(self.state_dict())
-        return rule.to(self.weights)
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a saved generator; whatever goes by tasks has been put into their order before."""
-        self.generator.set_state(state["generator"].cpu())
-
-
-def _by_name(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: object) -> None:
-    """Put the entries of a state that is about to be loaded into the order of the rule's tasks."""
-    assert isinstance(module, AutoLambda)
-    extra = state.get(f"{prefix}_extra_state")
-    if extra is None or tuple(extra["tasks"]) == module.tasks:
-        return
-    kept = [name for name in module.tasks if name in extra["tasks"]]
-    here, there = [module.tasks.index(name) for name in kept], [extra["tasks"].index(name) for name in kept]
-    for name, start in (("weights", module.start), ("adam.first", 0.0), ("adam.second", 0.0), ("adam.updates", 0.0)):
-        if f"{prefix}{name}" in state:
-            saved = state[f"{prefix}{name}"]
-            entries = saved.new_full((len(module.tasks),), start)
-            entries[here] = saved[there]
-            if name == "weights" and module.softmax:
-                entries *= len(module.tasks) / entries.sum()
-            state[f"{prefix}{name}"] = entries
+    def renamed(self, weights: Tensor) -> Tensor:
+        """Saved λ as they start among other tasks ``[T]``; under ``"softmax"`` they sum to T again."""
+        return weights * (len(self.tasks) / weights.sum()) if self.softmax else weights
 
 
 def _bounds(constraint: Constraint) -> tuple[float, float]:

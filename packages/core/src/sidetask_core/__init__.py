@@ -1,5 +1,6 @@
 """Core of sidetask: encode once, cut at the shared features, weight every task's signal above and below the cut."""
 
+from sidetask_core.bilevel import BilevelWeighting
 from sidetask_core.improvement import relative_improvement, relative_improvement_by_task
 from sidetask_core.method import Augment, Combiner, Equal, Fixed, Method, Product, Rule, Shaper, Weighting
 from sidetask_core.signals import Place, Signals, StepFailure
@@ -10,6 +11,7 @@ from sidetask_core.task import Batch, Metric, MissingKey, Task
 __all__ = [
     "Augment",
     "Batch",
+    "BilevelWeighting",
     "Combiner",
     "Equal",
     "Fixed",

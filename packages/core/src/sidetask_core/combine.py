@@ -92,33 +92,32 @@ def _below(
     cut = domain.cut
     matrix = domain.gradients
     at_features = _Sum(len(cut.below))
-    at_branches = {id(b): (_Sum(len(b.cut.below)), _Sum(len(b.cut.below))) for b in domain.branches}
+    # Branch by branch in the order of the first riders, so that further riders of weight zero change no bit.
+    riders: dict[int, list[int]] = {}
     for t in domain.tasks:
-        own, at_cut = passes.head(t, keep)
-        weighted = _Sum(len(own))
-        weighted.add(own, weights.decoder[t])
-        _add(local, passes.own[t], weighted.gradients)
         branch = passes.branch_of[t]
-        if matrix is not None:
-            if branch is not None:
-                through = _Sum(len(branch.parameters))
-                through.add(branch.gradients[t], weights.decoder[t])
-                _add(local, branch.parameters, through.gradients)
-        elif branch is None:
-            at_features.add(at_cut, weights.encoder[t])
-        else:
-            for_encoder, for_decoder = at_branches[id(branch)]
-            for_encoder.add(at_cut, weights.encoder[t])
-            if weights.encoder is not weights.decoder:
-                for_decoder.add(at_cut, weights.decoder[t])
-    if matrix is not None:
-        if weights.combined is not None and weights.combined.at == "features":
-            flat = weights.combined.gradient
-        else:
-            flat = torch.stack([weights.encoder[t] for t in domain.tasks]).to(matrix) @ matrix
-        return cut.split(flat * passes.scale.to(matrix))
-    for branch in domain.branches:
-        for_encoder, for_decoder = at_branches[id(branch)]
+        riders.setdefault(-1 - t if branch is None else id(branch), []).append(t)
+    for together in riders.values():
+        branch = passes.branch_of[together[0]]
+        for_encoder, for_decoder = (_Sum(0 if branch is None else len(branch.cut.below)) for _ in range(2))
+        for t in together:
+            own, at_cut = passes.head(t, keep)
+            weighted = _Sum(len(own))
+            weighted.add(own, weights.decoder[t])
+            _add(local, passes.own[t], weighted.gradients)
+            if matrix is not None:
+                if branch is not None:
+                    through = _Sum(len(branch.parameters))
+                    through.add(branch.gradients[t], weights.decoder[t])
+                    _add(local, branch.parameters, through.gradients)
+            elif branch is None:
+                at_features.add(at_cut, weights.encoder[t])
+            else:
+                for_encoder.add(at_cut, weights.encoder[t])
+                if weights.encoder is not weights.decoder:
+                    for_decoder.add(at_cut, weights.decoder[t])
+        if branch is None or matrix is not None:
+            continue
         if weights.encoder is weights.decoder:
             wanted = [*branch.parameters, *cut.below]
             found = vector_jacobian(branch.cut.above, for_encoder.gradients, wanted)
@@ -128,6 +127,12 @@ def _below(
             at_cut = vector_jacobian(branch.cut.above, for_encoder.gradients, cut.below)
         _add(local, branch.parameters, own)
         at_features.add(at_cut, torch.ones_like(weights.encoder[0]))
+    if matrix is not None:
+        if weights.combined is not None and weights.combined.at == "features":
+            flat = weights.combined.gradient
+        else:
+            flat = torch.stack([weights.encoder[t] for t in domain.tasks]).to(matrix) @ matrix
+        return cut.split(flat * passes.scale.to(matrix))
     return at_features.gradients
 
 

@@ -73,14 +73,17 @@ class Memory:
     def keep_batch(self, batch: Batch, passes: Passes, losses: Tensor) -> None:
         """Keep what progress will need."""
         inputs, targets = tree_map_only(Tensor, torch.clone, (batch.inputs, dict(batch.targets)))
-        self.past = Past(Batch(inputs, targets), losses.clone(), passes.labelled, passes.domains[0].random)
+        kept = Batch(inputs, targets, batch.without)
+        self.past = Past(kept, losses.clone(), passes.labelled, passes.domains[0].random)
 
     def state(self) -> dict[str, Any]:
         """All of it, in tensors, lists, dicts and numbers; batches that hold anything else are left out."""
         past = hindsight = None
         if self.past is not None and _plain((self.past.batch.inputs, self.past.batch.targets)):
             random = (self.past.random.host, self.past.random.device)
-            past = (self.past.batch.inputs, self.past.batch.targets, self.past.losses, self.past.labelled, random)
+            batch = self.past.batch
+            known = (batch.inputs, batch.targets, sorted(batch.without), self.past.losses, self.past.labelled)
+            past = (*known, random)
         if self.hindsight is not None and _plain(self.hindsight.batches()):
             trail = self.hindsight.trail
             reruns = {name: _saved(one) for name, one in self.hindsight.reruns.items()}
@@ -107,8 +110,8 @@ class Memory:
         names = [task.name for task in self.tasks]
         if state["past"] is not None and names == state["tasks"]:
             *known, random = state["past"]
-            inputs, targets, losses, labelled = there(known)
-            self.past = Past(Batch(inputs, targets), losses, labelled, RandomState(*random))
+            inputs, targets, without, losses, labelled = there(known)
+            self.past = Past(Batch(inputs, targets, without), losses, labelled, RandomState(*random))
         if state["hindsight"] is not None:
             trail, reruns, rates = state["hindsight"]
             self.hindsight = Hindsight(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,11 +115,23 @@ class Shaper(nn.Module):
         return {}
 
 
-class Augment(Protocol):
-    """A change of the model and its tasks made once, before training: self-auxiliaries, noise, pseudo tasks."""
+class Augment(nn.Module):
+    """A change of the model and its tasks made once, before training: self-auxiliaries, noise, pseudo tasks.
 
-    def __call__(self, model: SplitModel, tasks: Sequence[Task]) -> tuple[SplitModel, Sequence[Task]]:
-        """The augmented model and tasks; primary tasks keep their names and heads."""
+    What it keeps from step to step is in its `state_dict`, and so in the step's.
+    """
+
+    def extended(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """The given tasks and those that are added. It takes no model, so that rules can be made for them before."""
+        return tasks
+
+    def forward(self, model: SplitModel, tasks: Sequence[Task]) -> SplitModel:
+        """The model of the extended tasks; the given `tasks` keep their heads."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it makes of the model")
+
+    def resting(self, iteration: int, epoch: int) -> Collection[str]:
+        """The names of tasks that sit out this step, the same on all processes: they are not run, and are absent."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -147,8 +159,8 @@ class Method:
     encoder: Weighting | Combiner | None = None
 
     def __post_init__(self) -> None:
-        if self.augment is not None and not callable(self.augment):
-            raise TypeError(f"augment must be callable as augment(model, tasks), not {self.augment!r}")
+        if self.augment is not None and not isinstance(self.augment, Augment):
+            raise TypeError(f"augment must be an Augment, found {type(self.augment).__name__}")
         if self.decoder is not None and not isinstance(self.decoder, Weighting):
             raise TypeError(f"decoder must be a Weighting, found {type(self.decoder).__name__}")
         if self.encoder is not None and not isinstance(self.encoder, (Weighting, Combiner)):

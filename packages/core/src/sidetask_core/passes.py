@@ -180,7 +180,8 @@ class Passes:
             before = RandomState.of(device_of(model)) if noted else domain.random
             output = domain.cut.structure if name is None else model.branches[name](domain.cut.structure)
             branch = None
-            if name is not None and len(riders) > 1:
+            # A head that is not run needs no cut, so that a task which sits out changes no bit of what others do.
+            if name is not None and sum(self.targets[t] is not None for t in riders) > 1:
                 branch = Branch(Cut(output), [p for p in model.branches[name].parameters() if p.requires_grad])
                 domain.branches.append(branch)
                 output = branch.cut.structure

@@ -23,7 +23,7 @@ _HOMES = {
         "pcgrad cagrad mgda imtl-g imtl graddrop pareto-mtl nash-mtl aligned-mtl gcs ol-aux torchjd",
         "sidetask-autolambda": "autolambda",
         "sidetask-ial": "ial",
-        "sidetask-saal": "saal saal-e saal-w saal-ew",
+        "sidetask-saal": "saal-e saal-w saal-ew",
         "sidetask-classwise": "classwise",
     },
     "datasets": {"sidetask-datasets": "scenes digits frames"},
@@ -63,12 +63,14 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
 
     Args:
         spec: ``"pcgrad"``; or ``{"name": "cagrad", **options}``; or slots, each given in one of these two
-            forms: ``{"encoder": "autolambda", "decoder": "ial", "shapers": {"seg": "classwise"}}``.
+            forms: ``{"encoder": "autolambda", "decoder": "ial", "shapers": {"seg": "classwise"}}``. Tasks that
+            the augment adds are weighed by the other slots' rules like the given ones.
         tasks: what the method is built for.
 
     Raises:
         MissingKey: for a name that is not installed, or a method that leaves the asked slot empty.
         TypeError: for a spec of another form, or options that the method does not take.
+        ValueError: for a slot of a method that adds tasks, without its augment.
 
     >>> make_method({"encodr": "pcgrad"}, [Task("a", loss=abs)])
     Traceback (most recent call last):
@@ -83,7 +85,7 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
     if "name" in spec:
         return _call(spec, tasks)
     slots: dict[str, Any] = {}
-    for slot, inner in spec.items():
+    for slot, inner in sorted(spec.items(), key=lambda item: item[0] != "augment"):
         if slot not in SLOTS:
             raise TypeError(f"a method has no slot {slot!r}; {_hint(slot, SLOTS)}the slots are: {_listed(SLOTS)}")
         if slot == "shapers":
@@ -92,6 +94,15 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
             slots[slot] = {task: _slot("shapers", one, tasks, task) for task, one in inner.items()}
         elif inner is not None:
             slots[slot] = _slot(slot, inner, tasks)
+            if slot == "augment":
+                tasks = check_tasks(slots[slot].extended(tasks))
+    names = tuple(task.name for task in tasks)
+    for slot in ("encoder", "decoder"):
+        if slot in slots and slots[slot].tasks != names:
+            raise ValueError(
+                f"the {slot} {spec[slot]!r} weighs the tasks {_listed(slots[slot].tasks)}, but there are "
+                f"{_listed(names)}; name the method that adds tasks in the slot augment, too"
+            )
     return Method(**slots)
 
 

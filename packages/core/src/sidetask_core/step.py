@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -117,8 +117,7 @@ class Step(nn.Module):
         for task in tasks:
             model.check_head(task.name)
         if method.augment is not None:
-            model, tasks = method.augment(model, tasks)
-            tasks = check_tasks(tasks)
+            model, tasks = method.augment(model, tasks), check_tasks(method.augment.extended(tasks))
             for task in tasks:
                 model.check_head(task.name)
         names = tuple(task.name for task in tasks)
@@ -209,6 +208,9 @@ class Step(nn.Module):
         optimizer: torch.optim.Optimizer | None,
         scaler: torch.amp.GradScaler | None,
     ) -> Report:
+        resting = () if self.augment is None else self.augment.resting(self.iteration, self.epoch)
+        if resting:
+            batch = replace(batch, without={*batch.without, *resting})
         with torch.enable_grad():
             passes = Passes(self.model, self.tasks, batch, dict(self.shapers.items()), scaler)
         kind = passes.losses[0].device.type

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -193,6 +193,7 @@ class Batch:
         inputs: a tensor (or any structure the encoder takes), or a mapping from input name to such. An input may be
             left out if no task that names it has a label here.
         targets: target name to labels, ``[N, *]``. None says that the batch has no label for that task.
+        without: names of tasks that sit this batch out, whatever labels it has.
 
     >>> Batch(torch.zeros(2, 3), {"a": torch.ones(2)}).to("cpu").targets["a"]
     tensor([1., 1.])
@@ -200,6 +201,7 @@ class Batch:
 
     inputs: Any
     targets: Mapping[str, Any]
+    without: Collection[str] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -207,7 +209,8 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        return Batch(tree_map_only(Tensor, move, self.inputs), tree_map_only(Tensor, move, dict(self.targets)))
+        targets = tree_map_only(Tensor, move, dict(self.targets))
+        return Batch(tree_map_only(Tensor, move, self.inputs), targets, self.without)
 
     def input_of(self, task: Task) -> Any:
         """The input of a task; None if the batch has neither that input nor a label for the task.
@@ -229,7 +232,7 @@ class Batch:
         return self.inputs[task.input]
 
     def target_of(self, task: Task) -> Any:
-        """The labels of a task.
+        """The labels of a task, None if there are none or it sits this batch out.
 
         Raises:
             MissingKey: naming the task and the targets there are.
@@ -239,7 +242,7 @@ class Batch:
             raise TypeError(f"targets must map names to labels, found {type(self.targets).__name__}")
         if key not in self.targets:
             raise MissingKey(f"task {task.name!r} has no target {key!r}; the batch has: {_listed(self.targets)}")
-        return self.targets[key]
+        return None if task.name in self.without else self.targets[key]
 
 
 def check_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:

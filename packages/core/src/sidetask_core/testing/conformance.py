@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,14 @@ from sidetask_core.testing.processes import in_two_processes
 Factory = Callable[..., Method]
 
 
-def conformance(factory: Factory, *, equivariant: bool = True, by_name: bool = False, **options: Any) -> type:
+def conformance(
+    factory: Factory,
+    *,
+    equivariant: bool = True,
+    by_name: bool = False,
+    splits: Sequence[str] = SPLITS,
+    **options: Any,
+) -> type:
     """A class of tests for pytest that hold for every method.
 
     Args:
@@ -45,12 +52,14 @@ def conformance(factory: Factory, *, equivariant: bool = True, by_name: bool = F
             the order of the tasks: that test is then not among them.
         by_name: whether a state of other tasks, or of the same in another order, is taken over by their names. True for
             rules that allow tasks to come and go; other rules have to refuse it.
+        splits: the networks that the method is for, of `SPLITS`; most tests take the first of them.
         options: passed on to `factory`.
     """
     build = functools.partial(factory, **options)
 
     class Conformance(_Conformance):
         method = staticmethod(build)
+        networks = tuple(splits)
 
     if not equivariant:
         # What is not callable, pytest does not collect.
@@ -67,9 +76,14 @@ class _Conformance:
     """See `conformance`."""
 
     method: Factory
+    networks: Sequence[str]
+
+    def problem(self, **options: Any) -> SplitModel:
+        """The first of the networks."""
+        return problem(self.networks[0], **options)
 
     def test_gradients_are_the_reported_weights_times_the_task_gradients(self) -> None:
-        for split in SPLITS:
+        for split in self.networks:
             tasks, model = tiny_tasks(), problem(split)
             step = Step(model, tasks, self.method(tasks))
             combined: list[Tensor] = []
@@ -94,7 +108,7 @@ class _Conformance:
         data, tasks = batches(8), tiny_tasks()
 
         def start() -> tuple[Step, torch.optim.Optimizer]:
-            step = Step(problem(norm=True), tasks, self.method(tasks))
+            step = Step(self.problem(norm=True), tasks, self.method(tasks))
             return step, torch.optim.Adam(step.parameters(), lr=0.01)
 
         whole, whole_optimizer = start()
@@ -114,8 +128,8 @@ class _Conformance:
 
     def test_state_of_other_tasks_is_refused(self) -> None:
         tasks = tiny_tasks()
-        state = Step(problem(), tasks, self.method(tasks)).state_dict()
-        other = Step(problem(), tasks[::-1], self.method(tasks[::-1]))
+        state = Step(self.problem(), tasks, self.method(tasks)).state_dict()
+        other = Step(self.problem(), tasks[::-1], self.method(tasks[::-1]))
         if list(other.rules()):
             try:
                 other.load_state_dict(state)
@@ -127,9 +141,9 @@ class _Conformance:
     def test_state_of_other_tasks_is_taken_over_by_name(self) -> None:
         tasks, order = tiny_tasks(), [2, 0, 1]
         permuted = [tasks[i] for i in order]
-        first = Step(problem(), tasks, self.method(tasks))
+        first = Step(self.problem(), tasks, self.method(tasks))
         train(first, batches(4))
-        second = Step(problem(), permuted, self.method(permuted))
+        second = Step(self.problem(), permuted, self.method(permuted))
         second.load_state_dict(first.state_dict())
         last = batches(5)[4]
         for step in (first, second):
@@ -139,7 +153,7 @@ class _Conformance:
             close(reports[1].encoder_weights[name], weight, name)
 
     def test_a_task_without_labels_contributes_nothing(self) -> None:
-        tasks, model = tiny_tasks(), problem()
+        tasks, model = tiny_tasks(), self.problem()
         step = Step(model, tasks, self.method(tasks))
         for batch in batches(3):
             step.zero_grad()
@@ -158,7 +172,7 @@ class _Conformance:
         for scale in (1e-6, 1e6):
             tasks = tiny_tasks()
             tasks[1] = Task("b", functools.partial(_scaled, scale), valid=labelled, primary=False)
-            step = Step(problem(), tasks, self.method(tasks))
+            step = Step(self.problem(), tasks, self.method(tasks))
             for batch in batches(4):
                 step.zero_grad()
                 backward(step, batch)
@@ -168,14 +182,14 @@ class _Conformance:
         steps = {}
         for dtype in (torch.float64, torch.float32):
             tasks = tiny_tasks()
-            steps[dtype] = Step(problem(dtype=dtype), tasks, self.method(tasks)).to(dtype)
+            steps[dtype] = Step(self.problem(dtype=dtype), tasks, self.method(tasks)).to(dtype)
         for whole, single in zip(batches(3), batches(3, dtype=torch.float32), strict=True):
             expected, found = ({**gradients(s.model)} for s in _after(steps, whole, single))
             for name in found:
                 torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-3, atol=1e-5)
 
     def test_batch_statistics_move_once_per_step(self) -> None:
-        tasks, model = tiny_tasks(), problem(norm=True)
+        tasks, model = tiny_tasks(), self.problem(norm=True)
         step = Step(model, tasks, self.method(tasks))
         norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm1d))
         for count, batch in enumerate(batches(3), start=1):
@@ -186,7 +200,7 @@ class _Conformance:
         order = [2, 0, 1]
         tasks = tiny_tasks()
         permuted = [tasks[i] for i in order]
-        steps = [Step(problem(), some, self.method(some)) for some in (tasks, permuted)]
+        steps = [Step(self.problem(), some, self.method(some)) for some in (tasks, permuted)]
         for batch in batches(5):
             for step in steps:
                 step.zero_grad()
@@ -196,8 +210,8 @@ class _Conformance:
                 close(gradient, second[name], name)
 
     def test_two_processes_equal_one(self) -> None:
-        whole = _run_share(self.method, 0, 1)
-        halves = in_two_processes(_run_share, self.method)
+        whole = _run_share(self.method, self.networks, 0, 1)
+        halves = in_two_processes(_run_share, self.method, self.networks)
         for half in halves:
             for name, value in whole.items():
                 close(half[name], value, name)
@@ -221,11 +235,11 @@ def _by_hand(model: SplitModel, batch: Batch, at: str, combined: Tensor) -> dict
     return dict(zip(names, torch.autograd.grad(features, shared, combined.view_as(features)), strict=True))
 
 
-def _run_share(build: Factory, rank: int, world: int) -> dict[str, Tensor]:
+def _run_share(build: Factory, networks: Sequence[str], rank: int, world: int) -> dict[str, Tensor]:
     """Train on one process's share of every batch; weights and gradients of every step."""
     tasks = tiny_tasks()
     found: dict[str, Tensor] = {}
-    for split in SPLITS:
+    for split in networks:
         step = Step(problem(split), tasks, build(tasks))
         share = [
             Batch(b.inputs[rank::world], {name: y[rank::world] for name, y in b.targets.items()}) for b in batches(5)

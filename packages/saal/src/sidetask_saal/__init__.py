@@ -1,0 +1,15 @@
+"""SAAL: knowledge that flows one way, from a task to the branch of another."""
+
+from sidetask_saal.auxiliaries import SelfAuxiliaries
+from sidetask_saal.relations import Relations, enumerate_transfers
+from sidetask_saal.saal import ChosenTransfers, LearnedTransfers
+from sidetask_saal.shares import Shares
+
+__all__ = [
+    "ChosenTransfers",
+    "LearnedTransfers",
+    "Relations",
+    "SelfAuxiliaries",
+    "Shares",
+    "enumerate_transfers",
+]

@@ -1,0 +1,348 @@
+"""Which task helps which: enumerated by training all pairs, kept in a file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sidetask_core import Task, relative_improvement_by_task
+from sidetask_core.improvement import Definition
+
+from sidetask_saal.auxiliaries import ends, transfer
+
+Results = Mapping[str, Mapping[str, float]]
+Names = tuple[str, ...]
+Train = Callable[[Names], Results]
+Progress = Callable[[int, int, Names], None]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Relations:
+    """How much each task improves by training beside each other one.
+
+    Attributes:
+        tasks: the names of the T tasks.
+        improvement: ``[T, T]``, of the target (column) by the source (row), in percent of its single training; NaN on
+            the diagonal and where it is not known.
+        rows: for every ordered pair and metric of the target one mapping with the same keys: ``source``, ``target``,
+            ``metric``, ``higher_is_better``, its value in the ``single`` and the ``paired`` training, the target's
+            ``improvement``, whether that is a ``transfer``, and the error if a training ``failed``.
+        failed: what went wrong, by the names of a training's tasks joined by ``+``.
+    """
+
+    tasks: Names
+    improvement: npt.NDArray[np.float64]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def transfers(self) -> npt.NDArray[np.bool_]:
+        """``[T, T]``, whether the source (row) helps the target (column): a positive improvement."""
+        return np.nan_to_num(self.improvement) > 0
+
+    def chosen(self, tasks: Sequence[str] | None = None) -> list[str]:
+        """The names of the transfers that help, by targets and then by sources.
+
+        Args:
+            tasks: the tasks that are asked about, which must be these; in any order.
+
+        Raises:
+            ValueError: for other tasks, or if a training failed, about which nothing is known.
+        """
+        if tasks is not None and set(tasks) != set(self.tasks):
+            raise ValueError(f"the relations are those of tasks {', '.join(self.tasks)}, not of {', '.join(tasks)}")
+        if self.failed:
+            what = "; ".join(f"{names}: {error}" for names, error in self.failed.items())
+            raise ValueError(f"trainings failed ({what}); enumerate again, which repeats only these")
+        helps = self.transfers
+        return [
+            transfer(source, target)
+            for t, target in enumerate(self.tasks)
+            for s, source in enumerate(self.tasks)
+            if helps[s, t]
+        ]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write them as JSON, which `load` and the methods' option ``relations`` read."""
+        matrix = [[_plain(x) for x in row] for row in self.improvement]
+        content = {"format": _FORMAT, "tasks": list(self.tasks), "improvement": matrix}
+        _write(Path(path), {**content, "rows": self.rows, "failed": self.failed})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Relations:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is not of that kind.
+        """
+        content = _read(Path(path))
+        tasks, matrix = content.get("tasks"), content.get("improvement")
+        if content.get("format") != _FORMAT or not isinstance(tasks, list) or not isinstance(matrix, list):
+            raise ValueError(f"{path} does not hold enumerated relations")
+        values = np.array([[math.nan if x is None else x for x in row] for row in matrix], dtype=np.float64)
+        if values.shape != (len(tasks), len(tasks)):
+            raise ValueError(f"{path}: improvement is {list(values.shape)} for {len(tasks)} tasks")
+        return cls(tuple(tasks), values, content.get("rows", []), content.get("failed", {}))
+
+
+def enumerate_transfers(
+    train: Train,
+    tasks: Sequence[Task],
+    *,
+    executor: Executor | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    definition: Definition = "mean-of-tasks",
+    progress: Progress | None = None,
+) -> Relations:
+    """Train every task alone and every pair on a shared bottom, and see which task helps which (SAAL-e).
+
+    The source s helps the target t if training both improves t over training t alone, by t's own relative improvement.
+    T (T + 1) / 2 trainings, none of which needs another.
+
+    Args:
+        train: ``train(names)`` trains the tasks of these names together and gives their metrics,
+            ``{task: {metric: value}}``. An executor of processes has to be able to import it by name.
+        tasks: the tasks; their metrics say what counts and which way is better.
+        executor: where trainings run, any of `concurrent.futures`; one after the other in this process if None.
+        cache: a folder that keeps the result of every finished training, so that the same call goes on after a kill
+            with what is missing.
+        settings: what else the results depend on (seed, epochs, ...), kept with the cache, which refuses other settings
+            or tasks; anything that JSON can say.
+        definition: of a task's improvement, see `sidetask_core.relative_improvement`.
+        progress: called as ``progress(done, total, names)`` after each training, with those from the cache counted
+            beforehand; if None, a bar is shown where `tqdm` is installed.
+
+    Returns:
+        The relations. A training that failed is named in their `failed` with its error, and takes nothing from the
+        others; it is not kept in the cache, so that the same call tries it again.
+
+    Raises:
+        ValueError: for fewer than two tasks, a task without metrics, a cache of other tasks or settings, or a metric
+            that `train` did not give.
+        concurrent.futures.BrokenExecutor: if the executor broke down; what was finished is in the cache.
+
+    >>> class Accuracy: higher_is_better = True
+    >>> tasks = [Task(name, loss=abs, metrics={"accuracy": Accuracy()}) for name in ("a", "b")]
+    >>> def train(names):
+    ...     together = {"a": {"accuracy": 0.4}, "b": {"accuracy": 0.6}}
+    ...     return together if len(names) == 2 else {names[0]: {"accuracy": 0.5}}
+    >>> relations = enumerate_transfers(train, tasks, progress=lambda *_: None)
+    >>> relations.chosen()
+    ['a→b']
+    """
+    names = tuple(task.name for task in tasks)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"relations are between two or more different tasks, not {', '.join(names) or 'none'}")
+    for task in tasks:
+        if not task.metrics:
+            raise ValueError(f"task {task.name!r} has no metrics by which it could improve")
+        if ends(task.name) is not None:
+            raise ValueError(f"task {task.name!r} has the name of a transfer")
+    folder = None if cache is None else _Cache(Path(cache), tasks, settings or {})
+    wanted: list[Names] = [(name,) for name in names] + list(itertools.combinations(names, 2))
+    done: dict[Names, Results] = {}
+    if folder is not None:
+        done = {group: found for group in wanted if (found := folder.get(group)) is not None}
+    missing = [group for group in wanted if group not in done]
+    failed: dict[Names, str] = {}
+    show, close = _shown(progress, len(wanted), len(done))
+    try:
+        for group, future in _run(train, missing, executor):
+            error = future.exception()
+            if isinstance(error, BrokenExecutor):
+                raise error
+            if error is None:
+                done[group] = _checked(future.result(), group, tasks)
+                if folder is not None:
+                    folder.put(group, done[group])
+            else:
+                failed[group] = f"{type(error).__name__}: {error}"
+            show(len(done) + len(failed), len(wanted), group)
+    finally:
+        close()
+    return _relations(tasks, done, failed, definition)
+
+
+def _relations(
+    tasks: Sequence[Task], done: Mapping[Names, Results], failed: Mapping[Names, str], definition: Definition
+) -> Relations:
+    names = tuple(task.name for task in tasks)
+    matrix = np.full((len(names), len(names)), math.nan)
+    rows: list[dict[str, Any]] = []
+    errors = {"+".join(group): error for group, error in failed.items()}
+    for (s, source), (t, target) in itertools.permutations(enumerate(tasks), 2):
+        pair = (names[min(s, t)], names[max(s, t)])
+        single, paired = done.get((target.name,)), done.get(pair)
+        error = errors.get("+".join(pair)) or errors.get(target.name)
+        if single is not None and paired is not None:
+            try:
+                matrix[s, t] = relative_improvement_by_task(paired, single, [target], definition)[target.name]
+            except ValueError as problem:  # a single training whose metric is zero
+                error = errors[target.name] = str(problem)
+            if error is None and math.isnan(matrix[s, t]):
+                error = errors["+".join(pair)] = f"the improvement of {target.name!r} is not a number"
+        for metric, about in target.metrics.items():
+            rows.append(
+                {
+                    "source": source.name,
+                    "target": target.name,
+                    "metric": metric,
+                    "higher_is_better": about.higher_is_better,
+                    "single": None if single is None else _plain(single[target.name][metric]),
+                    "paired": None if paired is None else _plain(paired[target.name][metric]),
+                    "improvement": _plain(matrix[s, t]),
+                    "transfer": bool(matrix[s, t] > 0),
+                    "failed": error,
+                }
+            )
+    return Relations(names, matrix, rows, errors)
+
+
+def _run(train: Train, groups: Sequence[Names], executor: Executor | None) -> Any:
+    """Each group with its finished future, in the order they are ready."""
+    if executor is None:
+        for group in groups:
+            yield group, _here(train, group)
+        return
+    futures = {executor.submit(train, group): group for group in groups}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _here(train: Train, group: Names) -> Future[Results]:
+    future: Future[Results] = Future()
+    try:
+        future.set_result(train(group))
+    except Exception as error:  # noqa: BLE001 (as an executor does: whatever it is, the caller gets it with its pair)
+        future.set_exception(error)
+    return future
+
+
+def _checked(results: Any, group: Names, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
+    """The metrics that count, as plain numbers."""
+    found: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        if task.name not in group:
+            continue
+        given = results.get(task.name) if isinstance(results, Mapping) else None
+        for metric in task.metrics:
+            if not isinstance(given, Mapping) or metric not in given:
+                have = ", ".join(given) if isinstance(given, Mapping) else "nothing"
+                raise ValueError(
+                    f"train({group}) gave no metric {metric!r} of task {task.name!r}; of that task there is: {have}"
+                )
+            value = float(given[metric])
+            found.setdefault(task.name, {})[metric] = value if math.isfinite(value) else math.nan
+    return found
+
+
+def _shown(progress: Progress | None, total: int, done: int) -> tuple[Progress, Callable[[], None]]:
+    """What to call after each training, and at the end."""
+    if progress is not None:
+        return progress, lambda: None
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return lambda *_: None, lambda: None
+    bar = tqdm(total=total, initial=done, unit="training")
+
+    def show(done: int, total: int, names: Names) -> None:
+        bar.set_postfix_str(" + ".join(names), refresh=False)
+        bar.update()
+
+    return show, bar.close
+
+
+class _Cache:
+    """A folder with one file for each training, and one that says what they are trainings of."""
+
+    def __init__(self, folder: Path, tasks: Sequence[Task], settings: Mapping[str, Any]) -> None:
+        self.folder, self.names = folder, tuple(task.name for task in tasks)
+        metrics = {task.name: {name: m.higher_is_better for name, m in task.metrics.items()} for task in tasks}
+        # As it reads back, so that tuples and lists are one.
+        ours = json.loads(json.dumps({"format": _FORMAT, "tasks": metrics, "settings": dict(settings)}))
+        path = folder / "settings.json"
+        if path.exists():
+            theirs = _read(path)
+            changed = [key for key in ours if theirs.get(key) != ours[key]]
+            if changed:
+                key = changed[0]
+                raise ValueError(
+                    f"{folder} holds trainings of other {key}: {json.dumps(theirs.get(key))}, not "
+                    f"{json.dumps(ours[key])}; take another folder"
+                )
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(path, ours)
+
+    def get(self, group: Names) -> dict[str, dict[str, float]] | None:
+        """The result of a training, None if there is none."""
+        path = self._path(group)
+        if not path.exists():
+            return None
+        content = _read(path)
+        if content.get("names") != list(group) or not isinstance(content.get("results"), dict):
+            raise ValueError(f"{path} is not the training of {', '.join(group)}; delete it to train again")
+        results = content["results"]
+        return {
+            name: {metric: math.nan if value is None else value for metric, value in metrics.items()}
+            for name, metrics in results.items()
+        }
+
+    def put(self, group: Names, results: Results) -> None:
+        """Keep the result of a training."""
+        plain = {
+            name: {metric: _plain(value) for metric, value in metrics.items()} for name, metrics in results.items()
+        }
+        _write(self._path(group), {"names": list(group), "results": plain})
+
+    def _path(self, group: Names) -> Path:
+        # By place, since a name may hold what no file name may.
+        return self.folder / f"{'-'.join(str(self.names.index(name)) for name in group)}.json"
+
+
+def _plain(value: float) -> float | None:
+    """As JSON can say it."""
+    return None if math.isnan(value) else float(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON so that a kill leaves the old file or the new one."""
+    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

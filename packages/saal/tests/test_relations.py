@@ -1,0 +1,215 @@
+"""Relations are those of the trainings, on any executor, after any kill; a training that fails is named."""
+
+import json
+import math
+import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+from sidetask_core import Task
+from sidetask_saal import Relations, enumerate_transfers
+from sidetask_saal.saal import saal_e, saal_ew
+
+# What training beside another does to each task's first metric; its second, an error, moves the other way by half.
+EFFECT = {("a", "b"): 0.1, ("b", "a"): -0.2, ("a", "c"): 0.3, ("c", "a"): 0.0, ("b", "c"): -0.05, ("c", "b"): 0.25}
+
+
+class Metric:
+    def __init__(self, higher_is_better):
+        self.higher_is_better = higher_is_better
+
+
+def tasks(names="abc"):
+    return [Task(name, abs, metrics={"score": Metric(True), "error": Metric(False)}) for name in names]
+
+
+def train(names):
+    """A made-up training: the first is the slowest, so that they end in another order than they began."""
+    time.sleep(0.02 * ("a" in names))
+    found = {}
+    for name in names:
+        gain = sum(EFFECT[other, name] for other in names if other != name)
+        found[name] = {"score": 0.5 * (1 + gain), "error": 2.0 * (1 - gain / 2), "unused": 7.0}
+    return found
+
+
+def fails(names):
+    if "b" in names and len(names) == 2:
+        raise RuntimeError(f"no {'+'.join(names)}")
+    return train(names)
+
+
+def silent(done, total, names):
+    pass
+
+
+def expected():
+    matrix = np.full((3, 3), math.nan)
+    for (source, target), gain in EFFECT.items():
+        matrix["abc".index(source), "abc".index(target)] = 100 * gain * 0.75
+    return matrix
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        yield pool
+
+
+def test_every_kind_of_executor_gives_the_same_relations(pool, tmp_path):
+    alone = enumerate_transfers(train, tasks(), progress=silent)
+    with ThreadPoolExecutor(3) as threads:
+        side_by_side = enumerate_transfers(train, tasks(), executor=threads, progress=silent)
+    in_processes = enumerate_transfers(train, tasks(), executor=pool, cache=tmp_path, progress=silent)
+    np.testing.assert_allclose(alone.improvement, expected(), rtol=1e-12)
+    for other in (side_by_side, in_processes, enumerate_transfers(fails, tasks(), cache=tmp_path, progress=silent)):
+        np.testing.assert_array_equal(other.improvement, alone.improvement)
+        assert other.rows == alone.rows
+        assert other.chosen() == alone.chosen()
+    assert alone.chosen() == ["a→b", "c→b", "a→c"]
+    assert alone.transfers.tolist() == [[False, True, True], [False, False, False], [False, True, False]]
+
+
+def test_the_report_is_rectangular():
+    rows = enumerate_transfers(train, tasks(), progress=silent).rows
+    assert len(rows) == 3 * 2 * 2
+    assert len({tuple(row) for row in rows}) == 1
+    (row,) = [r for r in rows if (r["source"], r["target"], r["metric"]) == ("a", "c", "error")]
+    assert row == {
+        "source": "a",
+        "target": "c",
+        "metric": "error",
+        "higher_is_better": False,
+        "single": 2.0,
+        "paired": pytest.approx(1.7),
+        "improvement": pytest.approx(22.5),
+        "transfer": True,
+        "failed": None,
+    }
+
+
+def test_the_definition_of_improvement_is_core_s():
+    found = enumerate_transfers(train, tasks(), definition="one-metric", progress=silent)
+    assert found.improvement[0, 1] == pytest.approx(10)
+
+
+def test_a_call_goes_on_where_it_was_killed(tmp_path):
+    done = []
+
+    def killed(names):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(names)
+        return train(names)
+
+    with pytest.raises(KeyboardInterrupt):
+        enumerate_transfers(killed, tasks(), cache=tmp_path, progress=silent)
+    more, shown = [], []
+
+    def rest(names):
+        more.append(names)
+        return train(names)
+
+    found = enumerate_transfers(rest, tasks(), cache=tmp_path, progress=lambda *now: shown.append(now))
+    assert len(done) == 4
+    assert len(more) == 2
+    assert not {*done} & {*more}
+    assert shown == [(5, 6, more[0]), (6, 6, more[1])]
+    np.testing.assert_allclose(found.improvement, expected())
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    enumerate_transfers(fails, tasks(), cache=tmp_path, progress=silent)
+
+
+def test_a_training_that_fails_is_named_and_tried_again(tmp_path):
+    for executor in (None, ThreadPoolExecutor(2)):
+        found = enumerate_transfers(fails, tasks(), cache=tmp_path, executor=executor, progress=silent)
+        assert found.failed == {"a+b": "RuntimeError: no a+b", "b+c": "RuntimeError: no b+c"}
+        assert np.isnan(found.improvement).sum() == 3 + 4
+        assert found.improvement[0, 2] == pytest.approx(22.5)
+        assert {row["failed"] for row in found.rows if {row["source"], row["target"]} == {"a", "b"}} == {
+            "RuntimeError: no a+b"
+        }
+        with pytest.raises(ValueError, match=r"trainings failed \(a\+b: RuntimeError: no a\+b; b\+c"):
+            found.chosen()
+    assert enumerate_transfers(train, tasks(), cache=tmp_path, progress=silent).failed == {}
+
+
+def test_what_has_no_improvement_is_a_failure_too():
+    def zero(names):
+        return {name: {"score": 0.0 if name == "a" else 1.0, "error": math.nan} for name in names}
+
+    found = enumerate_transfers(zero, [Task(n, abs, metrics={"score": Metric(True)}) for n in "ab"], progress=silent)
+    assert list(found.failed) == ["a"]
+    found = enumerate_transfers(zero, [Task(n, abs, metrics={"error": Metric(False)}) for n in "ab"], progress=silent)
+    assert found.failed == {"a+b": "the improvement of 'b' is not a number"}
+
+
+class Broken(ThreadPoolExecutor):
+    def submit(self, *arguments):
+        future = super().submit(int)
+        future.exception = lambda: BrokenExecutor("gone")
+        return future
+
+
+def test_an_executor_that_breaks_down_is_not_a_training_that_failed():
+    with pytest.raises(BrokenExecutor, match="gone"):
+        enumerate_transfers(train, tasks(), executor=Broken(1), progress=silent)
+
+
+def test_a_cache_keeps_to_its_tasks_and_settings(tmp_path):
+    enumerate_transfers(train, tasks(), cache=tmp_path, settings={"seed": 1, "widths": (1, 2)}, progress=silent)
+    again = {"widths": [1, 2], "seed": 1}
+    enumerate_transfers(fails, tasks(), cache=tmp_path, settings=again, progress=silent)
+    with pytest.raises(ValueError, match=r'holds trainings of other settings: \{"seed": 1.* not \{"seed": 2'):
+        enumerate_transfers(train, tasks(), cache=tmp_path, settings={"seed": 2}, progress=silent)
+    with pytest.raises(ValueError, match="holds trainings of other tasks"):
+        enumerate_transfers(train, tasks("ab"), cache=tmp_path, settings=again, progress=silent)
+    (tmp_path / "0-1.json").write_text("{")
+    with pytest.raises(ValueError, match=r"0-1.json is not JSON"):
+        enumerate_transfers(train, tasks(), cache=tmp_path, settings=again, progress=silent)
+    (tmp_path / "0-1.json").write_text(json.dumps({"names": ["a", "c"], "results": {}}))
+    with pytest.raises(ValueError, match=r"0-1.json is not the training of a, b; delete it"):
+        enumerate_transfers(train, tasks(), cache=tmp_path, settings=again, progress=silent)
+
+
+def test_relations_choose_the_transfers_of_a_method(tmp_path):
+    path = tmp_path / "relations.json"
+    found = enumerate_transfers(train, tasks(), progress=silent)
+    found.save(path)
+    again = Relations.load(path)
+    np.testing.assert_array_equal(again.improvement, found.improvement)
+    assert (again.tasks, again.rows, again.failed) == (found.tasks, found.rows, found.failed)
+    for factory in (saal_e, saal_ew):
+        assert factory(tasks(), relations=path).augment.transfers == ("a→b", "c→b", "a→c")
+    # What tasks of one branch give each other, they give without a transfer.
+    both = saal_e(tasks(), relations=path, route={"a": "x", "b": "x"})
+    assert both.augment.transfers == ("c→b", "a→c")
+    assert saal_e(tasks("cab"), relations=path).augment.transfers == ("a→c", "c→b", "a→b")
+    with pytest.raises(ValueError, match="the relations are those of tasks a, b, c, not of a, b"):
+        saal_e(tasks("ab"), relations=path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="is not a JSON object"):
+        Relations.load(path)
+    path.write_text('{"format": 1, "tasks": ["a", "b"], "improvement": [[null]]}')
+    with pytest.raises(ValueError, match=r"improvement is \[1, 1\] for 2 tasks"):
+        Relations.load(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="does not hold enumerated relations"):
+        Relations.load(path)
+
+
+def test_bad_input_is_refused_before_anything_is_trained():
+    def never(names):
+        raise AssertionError
+
+    for some, message in (
+        (tasks("a"), "two or more different tasks, not a"),
+        ([*tasks("a"), Task("b", abs)], "task 'b' has no metrics"),
+        ([*tasks("a"), *[Task("a->b", abs, metrics={"m": Metric(True)})]], "the name of a transfer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            enumerate_transfers(never, some, progress=silent)
+    with pytest.raises(ValueError, match="gave no metric 'error' of task 'a'; of that task there is: score"):
+        enumerate_transfers(lambda names: {n: {"score": 1.0} for n in names}, tasks(), progress=silent)

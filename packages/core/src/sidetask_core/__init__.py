@@ -6,6 +6,7 @@ from sidetask_core.signals import Place, Signals, StepFailure
 from sidetask_core.split import SplitModel
 from sidetask_core.step import NonFiniteLoss, Report, Step
 from sidetask_core.task import Batch, Metric, MissingKey, Task
+from sidetask_core.uncertainty import Uncertain, Uncertainty
 
 __all__ = [
     "Augment",
@@ -27,6 +28,8 @@ __all__ = [
     "Step",
     "StepFailure",
     "Task",
+    "Uncertain",
+    "Uncertainty",
     "Weighting",
     "relative_improvement",
     "relative_improvement_by_task",

@@ -63,7 +63,8 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
 
     Args:
         spec: ``"pcgrad"``; or ``{"name": "cagrad", **options}``; or slots, each given in one of these two
-            forms: ``{"encoder": "autolambda", "decoder": "ial", "shapers": {"seg": "classwise"}}``.
+            forms: ``{"encoder": "autolambda", "decoder": "ial", "shapers": {"seg": "classwise"}}``. What two slots
+            give alike is built once, so that they share its rules and their state.
         tasks: what the method is built for.
 
     Raises:
@@ -83,20 +84,26 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
     if "name" in spec:
         return _call(spec, tasks)
     slots: dict[str, Any] = {}
+    built: list[tuple[Any, Method]] = []
     for slot, inner in spec.items():
         if slot not in SLOTS:
             raise TypeError(f"a method has no slot {slot!r}; {_hint(slot, SLOTS)}the slots are: {_listed(SLOTS)}")
         if slot == "shapers":
             if not isinstance(inner, Mapping):
                 raise TypeError(f"shapers map a task's name to a method, not {inner!r}")
-            slots[slot] = {task: _slot("shapers", one, tasks, task) for task, one in inner.items()}
+            slots[slot] = {task: _slot("shapers", one, tasks, built, task) for task, one in inner.items()}
         elif inner is not None:
-            slots[slot] = _slot(slot, inner, tasks)
+            slots[slot] = _slot(slot, inner, tasks, built)
     return Method(**slots)
 
 
-def _slot(slot: str, spec: Any, tasks: Sequence[Task], task: str | None = None) -> Any:
-    filled = getattr(make_method(spec, tasks), slot)
+def _slot(slot: str, spec: Any, tasks: Sequence[Task], built: list[tuple[Any, Method]], task: str | None = None) -> Any:
+    wanted = {"name": spec} if isinstance(spec, str) else spec
+    method = next((method for known, method in built if known == wanted), None)
+    if method is None:
+        method = make_method(spec, tasks)
+        built.append((wanted, method))
+    filled = getattr(method, slot)
     if task is not None:
         filled = filled.get(task)
     if filled is None:

@@ -156,6 +156,26 @@ class Signals:
                 norms[t] = norm
         return self._finite(parallel.add(torch.stack(norms).square()).sqrt())
 
+    def norm_of_sum(self, weights: Tensor, at: Place) -> Tensor:
+        """Norm of the tasks' gradients' weighted sum (0-dim), at the shared features or over the shared parameters.
+
+        Tasks with different inputs have different features; the sum is over all of them.
+
+        Args:
+            weights: of the tasks ``[T]``; it may be their boolean mask.
+            at: as in `norms`.
+        """
+        if _place(at) == "parameters":
+            gradients = self.gradients(at)
+            return self._finite(torch.linalg.vector_norm(weights.to(gradients) @ gradients))
+        total = torch.zeros_like(self.losses[0])
+        for domain in self._passes.domains:
+            self._need_features(domain.cut.below)
+            gradients = self._passes.feature_gradients(domain)
+            of_domain = weights.to(gradients)[domain.tasks] @ gradients
+            total = total + torch.linalg.vector_norm(of_domain).square().to(total)
+        return self._finite(parallel.add(total).sqrt())
+
     def gramian(self, at: Place) -> Tensor:
         """Inner products of the tasks' gradients ``[T, T]``, at the shared features or over the shared parameters.
 

@@ -5,7 +5,18 @@ import math
 
 import pytest
 import torch
-from sidetask_core import Batch, Equal, Fixed, Method, MissingKey, SplitModel, Step, Task, Uncertainty, Weighting
+from sidetask_core import (
+    Batch,
+    Equal,
+    Fixed,
+    Method,
+    MissingKey,
+    SplitModel,
+    Step,
+    Task,
+    Uncertainty,
+    Weighting,
+)
 from sidetask_core.plugins import installed, make_method
 from sidetask_core.testing import (
     SPLITS,
@@ -21,7 +32,7 @@ from sidetask_core.testing import (
     tiny_tasks,
     train,
 )
-from sidetask_ial import FrozenHeads, ImpartialEncoder
+from sidetask_ial import ImpartialEncoder
 from sidetask_ial.ial import ial
 from torch import nn
 
@@ -487,32 +498,18 @@ def test_any_rule_with_an_uncertainty_serves():
     assert report.decoder_weights["b"] == 2
 
 
-@pytest.mark.parametrize("build", [ial, functools.partial(ial, measure=1.0)])
-def test_a_broken_head_stays_as_it_is_and_still_reaches_the_encoder(build):
-    tasks, data = tiny_tasks(), batches(4)
-    frozen, free = (Step(problem(), tasks, build(tasks, frozen=names)) for names in (["b"], []))
-    before = {n: p.clone() for n, p in frozen.model.named_parameters()}
-    first = [gradients(step.model) for step in (frozen, free) if step.backward(data[0])]
-    for name, gradient in first[0].items():
-        if name.startswith("heads.b"):
-            assert (gradient == 0).all()
-        else:
-            close(gradient, first[1][name], name)
-    train(frozen, data)
-    for name, p in frozen.model.named_parameters():
-        assert torch.equal(p, before[name]) == name.startswith("heads.b"), name
-
-
-def test_a_broken_head_beside_any_method():
-    tasks = tiny_tasks()
-    method = make_method({"augment": {"name": "ial", "frozen": ["c"]}, "encoder": "ial", "decoder": "ial"}, tasks)
-    step = Step(problem(), tasks, method)
-    assert not step.model.heads["c"].weight.requires_grad
-    with pytest.raises(MissingKey, match=r"'d' has no head; the model has: a, b, c"):
-        Step(problem(), tasks, Method(augment=FrozenHeads(["d"])))
-    with pytest.raises(ValueError, match="task 'a' is primary; only heads of auxiliary tasks"):
-        Step(problem(), tasks, Method(augment=FrozenHeads(["b", "a"])))
-    assert problem().heads["b"].weight.requires_grad
+def test_a_broken_head_under_this_method_and_under_any_other():
+    tasks, (batch, *_) = tiny_tasks(), batches(1)
+    for spec in (
+        {"name": "ial", "frozen": ["c"]},
+        {"augment": {"name": "ial", "frozen": ["c"]}, "encoder": "ial", "decoder": "ial"},
+    ):
+        step = Step(problem(), tasks, make_method(spec, tasks))
+        step.backward(batch)
+        assert step.model.heads["c"].weight.grad is None
+        assert step.model.heads["b"].weight.grad.any()
+        assert step.encoder.uncertainty is step.decoder
+    assert ial(tasks).augment is None
 
 
 def test_a_primary_alone_is_trained_as_ever():

@@ -1,5 +1,6 @@
 """Core of sidetask: encode once, cut at the shared features, weight every task's signal above and below the cut."""
 
+from sidetask_core.augment import ExtraTasks, FrozenHeads
 from sidetask_core.improvement import relative_improvement, relative_improvement_by_task
 from sidetask_core.method import Augment, Combiner, Equal, Fixed, Method, Product, Rule, Shaper, Weighting
 from sidetask_core.signals import Place, Signals, StepFailure
@@ -13,7 +14,9 @@ __all__ = [
     "Batch",
     "Combiner",
     "Equal",
+    "ExtraTasks",
     "Fixed",
+    "FrozenHeads",
     "Method",
     "Metric",
     "MissingKey",

@@ -26,7 +26,7 @@ _HOMES = {
         "sidetask-saal": "saal saal-e saal-w saal-ew",
         "sidetask-classwise": "classwise",
     },
-    "datasets": {"sidetask-datasets": "scenes digits frames"},
+    "datasets": {"sidetask-datasets": "scenes digits frames pseudo"},
     "networks": {"sidetask-bench": "small deeplabv3"},
 }
 

@@ -11,11 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from sidetask_core import Method, MissingKey, Signals, Task, Uncertain, Uncertainty, Weighting
+from sidetask_core import FrozenHeads, Method, MissingKey, Signals, Task, Uncertain, Uncertainty, Weighting
 from torch import Tensor
 from torch.nn import functional
-
-from sidetask_ial.frozen import FrozenHeads
 
 Name = Literal["uncertainty", "speed", "norm", "cosine"]
 Measure = Name | float | Mapping[str, float] | Callable[[Signals], Tensor]
@@ -256,7 +254,7 @@ def ial(
         align: see `ImpartialEncoder`.
         activation: see `ImpartialEncoder`.
         init: first value of log σ²; −0.7.
-        frozen: auxiliary tasks whose heads do not learn, see `FrozenHeads`.
+        frozen: auxiliary tasks whose heads do not learn, see `sidetask_core.FrozenHeads`.
 
     >>> method = ial([Task("seg", loss=abs), Task("depth", loss=abs, primary=False)])
     >>> method.encoder.uncertainty is method.decoder

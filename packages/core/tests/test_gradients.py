@@ -396,3 +396,12 @@ def test_the_norm_of_a_weighted_sum_in_two_processes():
     whole = sums_of_a_share(0, 1)
     for half in in_two_processes(sums_of_a_share):
         torch.testing.assert_close(half, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_are_reported_if_a_rule_read_them(kind):
+    tasks, model, (batch, *_) = tasks_of(), problem(), batches(1)
+    report = Step(model, tasks, Method() if kind is None else Method(encoder=Reads(tasks, kind))).backward(batch)
+    assert list(report.gradient_norms) == (list(NAMES) if kind == "norms" else [])
+    for name, norm in report.gradient_norms.items():
+        torch.testing.assert_close(report.encoder_weights[name], 1 / norm)

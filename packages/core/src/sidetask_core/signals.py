@@ -74,6 +74,7 @@ class Signals:
         epoch: the epoch the training loop set on the step.
         part: the parameters whose gradients the rule weighs that is asked now: ``"shared"``, ``"specific"`` or
             ``"all"``, by the slots it fills.
+        read_norms: what `norms` was asked for in this step, by place.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Signals:
         self._tasks = tuple(tasks)
         self._passes = passes
         self._gramians: dict[str, Tensor] = {}
+        self.read_norms: dict[str, Tensor] = {}
         self._progress = functools.cache(recall.progress)
         self._recall = recall
         self._lookahead = lookahead
@@ -144,9 +146,14 @@ class Signals:
 
     def norms(self, at: Place) -> Tensor:
         """Norm of every task's gradient ``[T]``, at the shared features or over the shared parameters."""
+        if _place(at) not in self.read_norms:
+            self.read_norms[at] = self._norms(at)
+        return self.read_norms[at]
+
+    def _norms(self, at: Place) -> Tensor:
         if at in self._gramians:
             return self._gramians[at].diagonal().sqrt()
-        if _place(at) == "parameters":
+        if at == "parameters":
             return self._finite(torch.linalg.vector_norm(self.gradients(at), dim=1))
         norms = list(torch.zeros_like(self.losses))
         for domain in self._passes.domains:

@@ -1,8 +1,8 @@
-"""Steps of the same methods by TorchJD and LibMTL, each used the way its documentation says.
+"""Steps of the same methods by TorchJD and LibMTL, each used the way its documentation says, and Auto-λ as published.
 
     python -m pip install --requirement benchmarks/requirements.txt
 
-Both get the model, the batch and the losses that ours gets.
+All get the model, the batches and the losses that ours get.
 
 TorchJD: ``mtl_backward`` puts every task's gradient of the shared parameters into `.jac`, ``jac_to_grad`` aggregates
 them; its scalarizers are followed by ``backward()``. At features, ``mtl_backward`` stops at a detached copy of them,
@@ -10,11 +10,16 @@ and one pass over the encoder takes up what the aggregator made of the gradients
 
 LibMTL: hard parameter sharing and a weighting class, joined and called as its Trainer does, with ``rep_grad`` at
 features.
+
+Auto-λ as published (Liu et al. 2022) is written down here, in plain PyTorch: a copy of the network takes the virtual
+step, the validation gradient v is taken there, λ learns from the training losses of the network displaced by v times
+0.01 / ‖v‖, forth and back, and then the network takes its real step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import io
@@ -83,8 +88,10 @@ def installed(library: str) -> bool:
 
 
 def peers(setting: Any) -> dict[tuple[str, str], Callable[[], Run]]:
-    """What builds a step, by our row and the library, for the libraries that are installed."""
-    found: dict[tuple[str, str], Callable[[], Run]] = {}
+    """What builds a step, by our row and the library, for libraries that are installed and what is written here."""
+    found: dict[tuple[str, str], Callable[[], Run]] = {
+        ("autolambda before", "as published"): lambda: _published_autolambda(setting)
+    }
     for library, entries, build in (("TorchJD", TORCHJD, _torchjd), ("LibMTL", LIBMTL, _libmtl)):
         if not installed(library):
             continue
@@ -175,5 +182,44 @@ def _libmtl(setting: Any, name: str, at: str, options: dict[str, Any]) -> Run:
         for t, loss in enumerate(losses_of(setting, joined(batch.inputs))):
             losses[t] = loss
         joined.backward(losses, **options)
+
+    return run
+
+
+def _published_autolambda(setting: Any) -> Run:
+    model, optimizer = setting.model, setting.optimizer
+    virtual = copy.deepcopy(model)
+    weights = torch.full((len(setting.tasks),), 0.1, device=setting.batch.inputs.device, requires_grad=True)
+    adam = torch.optim.Adam([weights], lr=1e-4)
+    parameters, ahead = list(model.parameters()), list(virtual.parameters())
+    group = optimizer.param_groups[0]
+
+    def losses(network: torch.nn.Module, batch: Any) -> Tensor:
+        predictions = network(batch.inputs)
+        return torch.stack([task.mean(predictions[task.name], batch.target_of(task))[0] for task in setting.tasks])
+
+    def displace(vector: list[Tensor], by: Tensor) -> None:
+        for parameter, v in zip(parameters, vector, strict=True):
+            parameter += by * v
+
+    def run() -> None:
+        model.zero_grad()
+        slope = torch.autograd.grad(weights.detach() @ losses(model, setting.batch), parameters)
+        with torch.no_grad():
+            for there, here, g in zip(ahead, parameters, slope, strict=True):
+                velocity = group["momentum"] * optimizer.state[here]["momentum_buffer"]
+                there.copy_(here - group["lr"] * (velocity + g + group["weight_decay"] * here))
+        v = list(torch.autograd.grad(losses(virtual, setting.validation).sum(), ahead))
+        with torch.no_grad():
+            epsilon = 0.01 / torch.cat([x.flatten() for x in v]).norm()
+            # λ is linear in the weighted loss, so that its gradient there is the losses.
+            displace(v, epsilon)
+            forth = losses(model, setting.batch)
+            displace(v, -2 * epsilon)
+            back = losses(model, setting.batch)
+            displace(v, epsilon)
+            weights.grad = -group["lr"] * (forth - back) / (2 * epsilon)
+        adam.step()
+        (weights.detach() @ losses(model, setting.batch)).backward()
 
     return run

@@ -3,14 +3,20 @@
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --device cuda --write
 
-Two settings: three dense tasks (segmentation, depth, normals) on a ResNet-18 with DeepLabV3 heads, and twenty
-classification tasks with small heads on the same trunk. One round times one step of every method, in an order drawn
-anew; a ratio is taken within its round, and the table gives its median and quartiles over the rounds. Memory is the
-most that a step holds at a time on top of the parameters and the batch, gradients included. `plain` is the sum of
-losses and one ``backward()``, without this project.
+Two settings: three dense tasks (segmentation, depth, normals) on a ResNet-18 with DeepLabV3 heads of 144 channels,
+which do 38 % of the work, and twenty classification tasks with small heads on the same trunk. One round times one step
+of every method, in an order drawn anew; a ratio is taken within its round, and the table gives its median and quartiles
+over the rounds. Memory is the most that two steps in a row hold at a time on top of parameters, momentum and batches:
+gradients, copies of the network, and whatever is kept from one step to the next. `plain` is the sum of losses and one
+``backward()``, without this project.
 
-A second table has the methods that TorchJD or LibMTL have too, on the same model and batch, in the same rounds
-(`peers.py`; those libraries are optional). A ratio there is ours to theirs, again within a round.
+Methods that look ahead get a validation batch as large as the training batch, and SGD with momentum and weight decay to
+follow. In their rows all tasks are primary, unless it says "one primary". Of a method that learns in every fifth step,
+the time is a fifth of five steps in a row.
+
+A second table has the methods that TorchJD or LibMTL have too, and Auto-λ as it was published, on the same model and
+batch, in the same rounds (`peers.py`; those libraries are optional). A ratio there is ours to theirs, again within a
+round.
 
 A figure over its goal is marked with an exclamation mark; beside a peer the goal is 1.
 """
@@ -19,7 +25,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
+import math
 import platform
 import random
 import signal
@@ -27,7 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +48,25 @@ from torch import nn
 Run = Callable[[], None]
 Key = tuple[str, str]  # a row, and the library whose step it is: none for ours
 
-# What a method reads decides what it may cost: goals for time at T = 3 dense and T = 20, as ratios to equal.
-GOALS = {"losses": (1.06, 1.06), "features": (1.06, 1.06), "pcgrad over parameters": (1.8, 11.0)}
-MEMORY_GOAL = 1.4
+
+@dataclass(frozen=True)
+class Goal:
+    """How many times what equal weighting takes a step may take: time at T = 3 dense and T = 20, and memory."""
+
+    times: tuple[float, float]
+    memory: float = math.inf
+
+
+# What a method reads decides what it may cost.
+GOALS = {
+    "losses": Goal((1.06, 1.06)),
+    "features": Goal((1.06, 1.06), 1.4),
+    "pcgrad over parameters": Goal((1.8, 11.0)),
+    "before": Goal((3.0, 3.6), 2.2),
+    "after": Goal((2.4, math.inf), 2.2),
+    "online": Goal((1.8, math.inf), 2.2),
+    "every fifth": Goal((1.3, math.inf), 2.2),
+}
 PATIENCE = 300  # seconds for two steps of a peer
 METHODS: dict[str, tuple[Any, str | None]] = {
     "equal": ("equal", None),
@@ -70,35 +94,49 @@ METHODS: dict[str, tuple[Any, str | None]] = {
     "pcgrad over parameters": ({"name": "pcgrad", "at": "parameters"}, "pcgrad over parameters"),
     "upgrad, adapted, at features": ({"name": "torchjd", "aggregator": "UPGrad", "at": "features"}, "features"),
     "upgrad, adapted, over parameters": ({"name": "torchjd", "aggregator": "UPGrad"}, None),
+    **{
+        f"autolambda {when}" + (f", {mode}" if mode != "exact" else ""): (
+            {"name": "autolambda", "when": when, "mode": mode},
+            when if mode == "exact" else None,
+        )
+        for when in ("before", "after", "online")
+        for mode in ("exact", "difference", "one-sided")
+    },
+    "autolambda before, every fifth": ({"name": "autolambda", "every": 5}, "every fifth"),
+    "autolambda before, one primary": ({"name": "autolambda"}, "before"),
 }
 
 
 @dataclass
 class Setting:
-    """A model, its tasks and one batch, on the device."""
+    """A model, its tasks, two batches of one size and what takes the steps, on the device."""
 
     name: str
     tasks: Sequence[Task]
     model: SplitModel
     batch: Batch
+    validation: Batch
+    optimizer: torch.optim.SGD
 
 
 def dense(device: str) -> Setting:
-    """Three dense tasks on the ResNet-18 DeepLabV3 of `sidetask_bench`: half of the work is in the heads."""
+    """Three dense tasks on the ResNet-18 DeepLabV3 of `sidetask_bench`, with narrower heads."""
     from sidetask_datasets import tasks as kinds
 
     size, images = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
     tasks = [kinds.segmentation("segmentation", 13), kinds.depth(primary=False), kinds.normals(primary=False)]
-    heads = {t.name: AtrousHead(512, c, size) for t, c in zip(tasks, (13, 1, 3), strict=True)}
+    heads = {t.name: AtrousHead(512, c, size, width=144) for t, c in zip(tasks, (13, 1, 3), strict=True)}
     stages = resnet_stages(18)
-    targets = {
-        "segmentation": torch.randint(0, 13, (images, *size)),
-        "depth": torch.rand(images, 1, *size) + 0.5,
-        "normals": nn.functional.normalize(torch.randn(images, 3, *size), dim=1),
-    }
-    batch = Batch(torch.rand(images, 3, *size), targets)
-    model = SplitModel.from_stages(stages, len(stages), heads)
-    return Setting("T = 3, dense", tasks, model.to(device), batch.to(device))
+
+    def batch() -> Batch:
+        targets = {
+            "segmentation": torch.randint(0, 13, (images, *size)),
+            "depth": torch.rand(images, 1, *size) + 0.5,
+            "normals": nn.functional.normalize(torch.randn(images, 3, *size), dim=1),
+        }
+        return Batch(torch.rand(images, 3, *size), targets)
+
+    return prepared("T = 3, dense", tasks, SplitModel.from_stages(stages, len(stages), heads), batch, device)
 
 
 def classification(device: str) -> Setting:
@@ -109,10 +147,23 @@ def classification(device: str) -> Setting:
     tasks = [kinds.classification(f"task{i:02}", 5, primary=i == 0) for i in range(20)]
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     heads = {t.name: nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 5)) for t in tasks}
+
+    def batch() -> Batch:
+        targets = {t.name: torch.randint(0, 5, (images,)) for t in tasks}
+        return Batch(torch.rand(images, 3, *size), targets)
+
     model = SplitModel(nn.Sequential(*resnet_stages(18), pool), heads)
-    targets = {t.name: torch.randint(0, 5, (images,)) for t in tasks}
-    batch = Batch(torch.rand(images, 3, *size), targets)
-    return Setting("T = 20, classification", tasks, model.to(device), batch.to(device))
+    return prepared("T = 20, classification", tasks, model, batch, device)
+
+
+def prepared(name: str, tasks: Sequence[Task], model: SplitModel, batch: Callable[[], Batch], device: str) -> Setting:
+    """A setting whose optimizer has momentum already."""
+    model = model.to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    setting = Setting(name, tasks, model, batch().to(device), batch().to(device), optimizer)
+    plain(setting)()
+    optimizer.step()
+    return setting
 
 
 def plain(setting: Setting) -> Run:
@@ -126,36 +177,47 @@ def plain(setting: Setting) -> Run:
     return step
 
 
-def ours(setting: Setting, spec: Any) -> Run:
+def ours(setting: Setting, row: str, spec: Any) -> Run:
     """A step of one method."""
-    step = Step(setting.model, setting.tasks, plugins.make_method(spec, setting.tasks)).to(setting.batch.inputs.device)
+    tasks = setting.tasks
+    if row.startswith("autolambda") and "one primary" not in row:
+        tasks = [replace(task, primary=True) for task in tasks]
+    step = Step(setting.model, tasks, plugins.make_method(spec, tasks)).to(setting.batch.inputs.device)
 
     def run() -> None:
         step.zero_grad()
-        step.backward(setting.batch)
+        step.backward(setting.batch, validation=setting.validation, optimizer=setting.optimizer)
 
     return run
 
 
-def timed(step: Run, device: str) -> float:
-    """Seconds of one step; of the processor's time on one thread, which other programs do not add to."""
+def timed(step: Run, steps: int, device: str) -> float:
+    """Seconds of one of some steps; of the processor's time on one thread, which other programs do not add to."""
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
-    step()
+    for _ in range(steps):
+        step()
     if device != "cpu":
         torch.cuda.synchronize()
-    return clock() - start
+    return (clock() - start) / steps
 
 
-def peak_bytes(step: Run, device: str) -> int:
-    """The most bytes a step holds at a time, on top of what it found."""
+def peak_bytes(build: Callable[[], Run], device: str) -> tuple[Run, int]:
+    """What takes a step, after two of them, and the most bytes it held at a time on top of what it found."""
+    built: list[Run] = []
+
+    def step() -> None:
+        built.append(build())
+        built[0]()
+        built[0]()
+
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return built[0], torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     held = most = 0
@@ -163,7 +225,7 @@ def peak_bytes(step: Run, device: str) -> int:
     for event in sorted(memory, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
-    return most
+    return built[0], most
 
 
 @contextlib.contextmanager
@@ -198,41 +260,38 @@ def methods(wanted: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def steps_of(setting: Setting, wanted: Sequence[str], beside_peers: bool) -> tuple[dict[Key, Run], dict[Key, str]]:
-    """A step of every method and peer, warm; and why there is none of some peers."""
-    steps: dict[Key, Run] = {(row, ""): ours(setting, spec) for row, spec in methods(wanted).items()}
-    steps["plain", ""] = plain(setting)
-    for step in steps.values():
-        step()
-    failed: dict[Key, str] = {}
-    for key, build in peers(setting).items() if beside_peers else ():
-        if (key[0], "") not in steps:
-            continue
-        try:
-            with limit(PATIENCE):
-                steps[key] = build()
-                for _ in range(2):
-                    steps[key]()
-        except Exception as error:  # noqa: BLE001  # other libraries raise anything
-            steps.pop(key, None)
-            failed[key] = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"{key[1]} cannot take a step of {key[0]}: {failed[key]}", file=sys.stderr)
-    return steps, failed
+def builders(setting: Setting, wanted: Sequence[str], beside_peers: bool) -> dict[Key, Callable[[], Run]]:
+    """What builds a step of every method and peer."""
+    found = {(row, ""): functools.partial(ours, setting, row, spec) for row, spec in methods(wanted).items()}
+    found["plain", ""] = functools.partial(plain, setting)
+    if beside_peers:
+        found |= {key: build for key, build in peers(setting).items() if (key[0], "") in found}
+    return found
 
 
 def measure(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     """Time and memory of every method and peer in one setting."""
-    steps, failed = steps_of(setting, options.methods, options.peers)
+    builds = builders(setting, options.methods, options.peers)
+    steps: dict[Key, Run] = {}
+    failed: dict[Key, str] = {}
+    memory: dict[Key, int] = {}
+    for key, build in builds.items():
+        try:
+            # Ours fail aloud, and have no need of limits.
+            with limit(PATIENCE) if key[1] else contextlib.nullcontext():
+                setting.model.zero_grad()
+                steps[key], memory[key] = peak_bytes(build, options.device)
+        except Exception as error:
+            if not key[1]:
+                raise
+            failed[key] = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{key[1]} cannot take a step of {key[0]}: {failed[key]}", file=sys.stderr)
     seconds: dict[Key, list[float]] = {key: [] for key in steps}
     order = list(steps)
     for _ in range(options.rounds):
         random.shuffle(order)
         for key in order:
-            seconds[key].append(timed(steps[key], options.device))
-    memory = {}
-    for key, step in steps.items():
-        setting.model.zero_grad()
-        memory[key] = peak_bytes(step, options.device)
+            seconds[key].append(timed(steps[key], 5 if "every fifth" in key[0] else 1, options.device))
 
     def against(key: Key, base: Key) -> dict[str, Any]:
         ratios = [a / b for a, b in zip(seconds[key], seconds[base], strict=True)]
@@ -272,9 +331,9 @@ def table(measured: dict[str, Any], column: int) -> str:
     ]
     for row in rows:
         reads = METHODS.get(row["method"], (None, None))[1]
-        goal = GOALS[reads][column] if reads else float("inf")
-        slow = " !" if row["ratio"] > goal else ""
-        big = " !" if reads == "features" and row["memory"] > MEMORY_GOAL else ""
+        goal = GOALS[reads] if reads else Goal((math.inf, math.inf))
+        slow = " !" if row["ratio"] > goal.times[column] else ""
+        big = " !" if row["memory"] > goal.memory else ""
         low, high = row["quartiles"]
         lines.append(
             f"| {row['method']} | {row['ratio']:.2f}{slow} | {low:.2f}–{high:.2f} | {row['milliseconds']:.0f} | "

@@ -15,6 +15,8 @@ KINDS = (
     "norm ratios of 1e4",
     "tiny",
     "huge",
+    "nearly opposing",
+    "nearly opposing with norm ratios of 1e4",
 )
 
 
@@ -70,9 +72,11 @@ def _sample(kind, count, seed, size=50):
         matrix[1] = -matrix[0]
     elif kind == "one zero":
         matrix[1] = 0
-    elif kind == "norm ratios of 1e4":
+    elif "nearly opposing" in kind:
+        matrix[1] = 1e-3 * matrix[1] - matrix[0]
+    if "norm ratios of 1e4" in kind:
         matrix *= np.geomspace(1e-4, 1, count)[:, None]
-    elif kind == "tiny":
+    if kind == "tiny":
         matrix *= 1e-12
     elif kind == "huge":
         matrix *= 1e12

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 from sidetask_baselines.famo import FAMO, famo
-from sidetask_core import Method, Step
+from sidetask_core import Method, SplitModel, Step, Task
 from sidetask_core.signals import Progress
 from sidetask_core.testing import batches, close, conformance, problem, tiny_tasks, train
 
@@ -9,6 +11,7 @@ TestFAMO = conformance(famo)
 TestFAMOPaperScale = conformance(famo, scale="paper", lr=0.5, decay=0.0)
 
 TASKS = tiny_tasks()
+FIELDS = ("before", "after", "labelled")
 
 
 def progress(before, after, labelled=(True, True, True)):
@@ -88,6 +91,85 @@ def test_without_an_update_in_between_nothing_is_learned(given):
     rule(given(progress=progress((2.0, 2.0, 2.0), (2.0, 2.0, 2.0))))
     for name, value in state.items():
         assert torch.equal(rule.state_dict()[name], value), name
+
+
+def test_differences_that_are_rounding_teach_nothing(given):
+    rule = FAMO(TASKS)
+    before = torch.tensor([1.0, 2.0, 3000.0])
+    for units, learned in ((2, False), (200, True)):
+        after = before * (1 + units * torch.finfo(before.dtype).eps * torch.tensor([1.0, -1.0, 1.0]))
+        rule(given(progress=Progress(before, after, torch.tensor([True] * 3))))
+        assert bool(rule.logits.any()) == learned
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_dropout_teaches_nothing_while_gradients_accumulate(accumulate):
+    torch.manual_seed(0)
+    heads = {name: torch.nn.Linear(5, 2) for name in "abc"}
+    model = SplitModel(torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Dropout(), torch.nn.Linear(32, 5)), heads)
+    step = Step(model.double(), TASKS, famo(TASKS))
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+    learned = []
+    for i, batch in enumerate(batches(9)):
+        before = step.encoder.logits.clone()
+        step.backward(batch)
+        learned.append(not torch.equal(step.encoder.logits, before))
+        if (i + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert learned == [i > 0 and i % accumulate == 0 for i in range(9)]
+
+
+@pytest.mark.parametrize("after", [math.inf, math.nan, -1.0])
+def test_a_task_whose_loss_has_no_logarithm_after_the_update_keeps_its_logit(given, after):
+    rule, others = FAMO(TASKS), FAMO(TASKS)
+    rule(given(progress=progress((2.0, 2.0, 2.0), (1.0, after, 2.0))))
+    others(given(progress=progress((2.0, 2.0, 2.0), (1.0, 7.0, 2.0), (True, False, True))))
+    assert rule.logits.tolist() == others.logits.tolist()
+    assert rule.logits[1] == 0
+    weights = rule(given(progress=progress((2.0, 2.0, 2.0), (1.0, 1.5, 2.0))))
+    assert weights.isfinite().all()
+    assert (rule.logits != 0).all()
+
+
+def test_a_negative_loss_has_no_weight_and_the_others_are_weighed_without_it(given):
+    rule = FAMO(TASKS)
+    rule(given(progress=progress((2.0, 2.0, 2.0), (1.0, 1.5, 2.0))))
+    weights = rule(given((1.0, -3.0, 4.0)))
+    assert torch.equal(weights, rule(given((1.0, 0.0, 4.0), labelled=(True, False, True))))
+    assert weights[1] == 0
+    assert weights.sum() == pytest.approx(2)
+    assert rule(given((-1.0, -2.0, -3.0))).tolist() == [0, 0, 0]
+
+
+def test_a_network_whose_losses_left_their_range_learns_on():
+    """The loss of the last batch overflows under the new parameters, that of the next one does not."""
+
+    def loss(p, y):
+        return torch.where(y > 50, torch.where(y > 50, p, 0.0).exp(), (p - y).square())
+
+    tasks = [Task(name, loss) for name in "ab"]
+    data = batches(4, names="ab")
+    data[1].targets["a"][0] = 100.0
+    step = Step(problem(names="ab"), tasks, famo(tasks))
+    optimizer = torch.optim.SGD(step.parameters(), lr=1e-6)
+    for i, batch in enumerate(data):
+        optimizer.zero_grad()
+        report = step.backward(batch)
+        assert all(weight.isfinite() for weight in report.encoder_weights.values())
+        optimizer.step()
+        with torch.no_grad():
+            step.model.heads["a"].bias.add_(800.0 * ((i == 1) - (i == 2)))
+    assert step.encoder.logits.isfinite().all()
+    assert step.encoder.logits.any()
+
+
+def test_nothing_waits_for_the_device(given):
+    """Tensors on the meta device have no values to wait for."""
+    rule = FAMO(TASKS).to("meta")
+    signals = given(progress=Progress(*(getattr(progress((2.0,) * 3, (1.0,) * 3), name).to("meta") for name in FIELDS)))
+    signals.losses, signals.labelled = signals.losses.to("meta"), signals.labelled.to("meta")
+    assert rule(signals).shape == (3,)
 
 
 def test_losses_of_zero_stay_finite(given):

@@ -1,5 +1,7 @@
 """IMTL-G against its written definition."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,38 @@ def test_duplicates_share_alike(sample, weigh):
     assert weights[2] == pytest.approx(5 * weights[3], rel=1e-9)
     combined = weights @ g
     np.testing.assert_allclose(combined / np.linalg.norm(combined), alone @ g[:3] / np.linalg.norm(alone @ g[:3]))
+
+
+@pytest.mark.parametrize(("precision", "close"), [(np.float64, 1e-6), (np.float32, 1e-2)])
+@pytest.mark.parametrize("length", [1.0, 1.1, 1e4])
+def test_near_duplicates_are_solved_for_whatever_tells_them_apart(sample, weigh, length, precision, close):
+    for seed, count in itertools.product(range(10), (3, 9)):
+        for left in (*np.geomspace(1e-1, 1e-9, 9), *np.geomspace(5e-8, 5e-7, 5)):
+            g = sample("random", count, seed)
+            g[1] = length * (g[0] + left * g[1])
+            g[2] = 0.4 * g[2] - 0.8 * g[0]
+            g = g.astype(precision)
+            combined = weigh(g).astype(float) @ g
+            projections = g @ combined / np.linalg.norm(g.astype(float), axis=1)
+            assert abs(projections.mean()) > 0.1 * np.linalg.norm(combined)
+            assert np.ptp(projections) <= 2 * close * abs(projections.mean())
+
+
+@pytest.mark.parametrize(("precision", "least", "close"), [(np.float64, 5e-4, 1e-6), (np.float32, 6e-2, 1e-2)])
+def test_nearly_opposing_gradients_are_solved_for_until_rounding_hides_what_is_left(
+    sample, weigh, precision, least, close
+):
+    for count in (2, 3, 9):
+        for left in np.geomspace(1, 1e-9, 37):
+            g = sample("random", count, 0, 2000)
+            g[1] = 2 * (left * g[1] - g[0])
+            g = g.astype(precision)
+            lengths = np.linalg.norm(g.astype(float), axis=1)
+            weights = weigh(g).astype(float)
+            projections = g @ (weights @ g) / lengths
+            if np.ptp(projections) > close * projections.mean():
+                assert left < least
+                assert np.linalg.norm(weights @ g) <= least * np.linalg.norm(weights * lengths)
 
 
 def test_opposing_gradients_stand_still(weigh):

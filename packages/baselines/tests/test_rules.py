@@ -119,6 +119,31 @@ def test_rlw_weights_are_positive_sum_to_the_tasks_and_change(given):
     torch.testing.assert_close(3 * paper(given()), first)
 
 
+def test_an_absent_task_has_no_share_of_random_weights(given):
+    for scale, total in (("sum", 2.0), ("paper", 1.0)):
+        whole, part = (RLW(TASKS, seed=1, scale=scale)(given(labelled=seen)) for seen in (None, (True, False, True)))
+        assert part[1] == 0
+        assert part.sum() == pytest.approx(total)
+        torch.testing.assert_close(part[0] / part[2], whole[0] / whole[2])
+
+
+def test_dwa_weighs_beside_a_task_that_never_has_labels_as_without_it(given):
+    whole, part = DWA(TASKS, window=2), DWA([TASKS[0], TASKS[2]], window=2)
+    for i in range(8):
+        losses = (1.0 + i, 3.0 / (1 + i))
+        among = whole(given((losses[0], 0.0, losses[1]), iteration=i, labelled=(True, False, True)))
+        assert among[1] == 0
+        torch.testing.assert_close(among[[0, 2]], part(given(losses, iteration=i)))
+
+
+@pytest.mark.parametrize("normalization", ["loss", "loss+"])
+def test_mgda_compares_the_gradient_of_a_loss_that_is_not_positive_as_it_is(given, normalization):
+    g = gradients()
+    for loss in (0.0, -3.0):
+        found = MGDA(TASKS, normalization=normalization)(given((2.0, loss, 4.0), g))
+        torch.testing.assert_close(found, MGDA(TASKS, normalization=normalization)(given((2.0, 1.0, 4.0), g)))
+
+
 def test_rlw_is_the_softmax_of_standard_normals(given):
     rule = RLW(TASKS)
     logs = torch.stack([rule(given()).log() for _ in range(4000)])

@@ -1,10 +1,14 @@
 """Optimality conditions of the solvers, over gradient matrices of chosen kinds, in float64."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
+from scipy.optimize import brentq
+from sidetask_baselines import cagrad
 from sidetask_baselines.cagrad import conflict_averse
 from sidetask_baselines.pcgrad import project
-from sidetask_baselines.simplex import min_norm_weights, vectors
+from sidetask_baselines.simplex import SolverFailure, shortest, vectors
 
 
 def test_vectors_reproduce_the_gramian(matrices):
@@ -17,22 +21,42 @@ def test_vectors_reproduce_the_gramian(matrices):
         )
 
 
+def missed(inner, squared, weights):
+    """How far each inner product with the shortest combination is on the wrong side of its squared length."""
+    return np.maximum(np.abs(inner - squared) * (weights > 0), squared - inner)
+
+
+def rounding(weights, lengths):
+    """What a relative rounding error of the weights makes of the inner product of their combination with each task."""
+    return np.finfo(float).eps * (weights * lengths).max() * lengths
+
+
 def test_the_shortest_combination_meets_its_kkt_conditions(matrices):
     for g in matrices:
-        w = min_norm_weights(vectors(g @ g.T))
+        w = shortest(g @ g.T)
         assert (w >= 0).all()
         assert w.sum() == pytest.approx(1, abs=1e-12)
-        p = w @ g
-        length = np.linalg.norm(p)
-        if length > 1e-7 * np.linalg.norm(g, axis=1).min():
-            miss = (g @ p - length**2) / length**2
-            assert miss.min() > -1e-6
-            assert np.abs(miss[w > 0]).max() < 1e-6
+        p, lengths = w @ g, np.linalg.norm(g, axis=1)
+        assert (missed(g @ p, p @ p, w) <= 1e-6 * (p @ p) + 8 * rounding(w, lengths)).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "nearly opposing", "nearly opposing with norm ratios of 1e4"])
+@pytest.mark.parametrize("count", [2, 9, 20])
+def test_the_given_inner_products_meet_them_as_exactly_as_weights_can_be_written(sample, kind, count):
+    for seed in range(5):
+        g = sample(kind, count, seed)
+        gramian = g @ g.T
+        w = shortest(gramian)
+        exact = [Fraction(x) for x in w]
+        inner = [sum(x * Fraction(k) for x, k in zip(exact, row, strict=True)) / sum(exact) for row in gramian]
+        squared = sum(x * y for x, y in zip(exact, inner, strict=True)) / sum(exact)
+        miss = missed(np.array([float(y - squared) for y in inner]), 0.0, w)
+        assert (miss <= 2 * rounding(w, np.linalg.norm(g, axis=1))).all()
 
 
 def test_two_tasks_have_a_closed_form(matrices):
     for a, b in (g[:2] for g in matrices):
-        w = min_norm_weights(vectors(np.array([[a @ a, a @ b], [a @ b, b @ b]])))
+        w = shortest(np.array([[a @ a, a @ b], [a @ b, b @ b]]))
         distance = (a - b) @ (a - b)
         # Sener and Koltun, Equation 6; equal gradients allow any weights.
         expected = np.clip((b - a) @ b / distance, 0, 1) if distance > 0 else w[0]
@@ -42,44 +66,56 @@ def test_two_tasks_have_a_closed_form(matrices):
 def test_a_zero_gradient_is_the_shortest_combination(sample):
     g = sample("random", 5, 0)
     g[2] = 0
-    np.testing.assert_array_equal(min_norm_weights(vectors(g @ g.T)), [0, 0, 1, 0, 0])
+    np.testing.assert_array_equal(shortest(g @ g.T), [0, 0, 1, 0, 0])
 
 
 def test_opposing_gradients_cancel():
     g = np.array([[1.0, 0.0], [-3.0, 0.0]])
-    np.testing.assert_allclose(min_norm_weights(vectors(g @ g.T)) @ g, 0, atol=1e-12)
+    np.testing.assert_allclose(shortest(g @ g.T) @ g, 0, atol=1e-12)
 
 
 def test_the_shortest_combination_is_equivariant(matrices):
     for g in matrices[:3]:
         order = np.random.default_rng(0).permutation(len(g))
-        p = min_norm_weights(vectors(g @ g.T)) @ g
+        p = shortest(g @ g.T) @ g
         permuted = g[order]
-        q = min_norm_weights(vectors(permuted @ permuted.T)) @ permuted
+        q = shortest(permuted @ permuted.T) @ permuted
         np.testing.assert_allclose(p, q, atol=1e-7 * np.linalg.norm(g, axis=1).min())
-        scaled = min_norm_weights(vectors(9 * (g @ g.T))) @ (3 * g)
+        scaled = shortest(9 * (g @ g.T)) @ (3 * g)
         np.testing.assert_allclose(scaled, 3 * p, atol=1e-7 * np.linalg.norm(g, axis=1).min())
 
 
 @pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
-def test_cagrad_closes_the_duality_gap(matrices, c):
+def test_cagrad_closes_the_duality_gap_on_the_ball_around_the_mean(matrices, c):
     for g in matrices:
-        mean = g.mean(axis=0)
-        radius = c * np.linalg.norm(mean)
+        mean, lengths = g.mean(axis=0), np.linalg.norm(g, axis=1)
+        radius, least = c * np.linalg.norm(mean), lengths[lengths > 0].min()
         weights = conflict_averse(g @ g.T, c)
-        step = weights @ g
-        longest = np.linalg.norm(g, axis=1).max()
         assert (weights > 0).all()
-        # Feasible: within the ball around the mean gradient.
-        assert np.linalg.norm(step - mean) <= radius * (1 + 1e-6) + 1e-9 * longest
+        step = weights @ g
+        # Without a mean there is no direction to stay near, and no ball.
+        if np.linalg.norm(mean) <= 1e-12 * lengths.max():
+            np.testing.assert_array_equal(weights, 1 / len(g))
+            mean, radius = step, 0.0
         tilt = weights - 1 / len(g)
-        if tilt.sum() <= 1e-9:
-            continue
-        w = tilt / tilt.sum()
-        dual = w @ g @ mean + radius * np.linalg.norm(w @ g)
-        primal = (g @ step).min()
-        assert primal <= dual + 1e-6 * np.linalg.norm(step) * longest
-        assert dual - primal <= 1e-6 * np.linalg.norm(step) * longest
+        worst = tilt @ g / tilt.sum() if radius else step
+        off = np.linalg.norm(step - mean) - radius
+        assert off <= 1e-6 * radius
+        # Inside only where the combination that the worst-off tasks pull along vanishes.
+        assert off >= -1e-6 * radius or np.linalg.norm(worst) <= 1e-6 * least
+        gap = worst @ mean + radius * np.linalg.norm(worst) - (g @ step).min()
+        assert gap <= 1e-6 * np.linalg.norm(step) * least + 1e-12 * least**2
+
+
+@pytest.mark.parametrize("spoiled", ["the search", "the combination"])
+def test_cagrad_refuses_what_misses_its_optimum(sample, monkeypatch, spoiled):
+    g = sample("random", 3, 0)
+    if spoiled == "the search":
+        monkeypatch.setattr(cagrad, "brentq", lambda *a, **k: (1.1 * brentq(*a, **k)[0], brentq(*a, **k)[1]))
+    else:
+        monkeypatch.setattr(cagrad, "min_norm_weights", lambda points: np.array([1.0, 0.0, 0.0]))
+    with pytest.raises(SolverFailure, match=r"off the ball, or misses .*condition number of the 3x3 Gramian: [0-9]"):
+        conflict_averse(g @ g.T, 0.4)
 
 
 def test_cagrad_with_one_zero_gradient_is_finite(sample):
@@ -88,6 +124,17 @@ def test_cagrad_with_one_zero_gradient_is_finite(sample):
     weights = conflict_averse(g @ g.T, 0.4)
     assert np.isfinite(weights).all()
     assert (g @ (weights @ g)).min() >= -1e-9
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 1e-12, 1e-18])
+def test_cagrad_of_a_gradient_that_is_all_but_zero(sample, ratio):
+    for seed in range(5):
+        g = sample("nearly opposing", 5, seed)
+        g[0] *= ratio
+        step, mean = conflict_averse(g @ g.T, 0.4) @ g, g.mean(axis=0)
+        assert np.linalg.norm(step - mean) <= 0.4 * np.linalg.norm(mean) * (1 + 1e-6)
+        rounding = 1e-12 * np.linalg.norm(step) * np.linalg.norm(g, axis=1)
+        assert (g @ step + rounding).min() >= (g @ mean).min()
 
 
 def test_cagrad_of_opposing_gradients_is_their_mean():

@@ -8,6 +8,8 @@ import torch
 from sidetask_core import Method, Signals, Task, Weighting
 from torch import Tensor
 
+from sidetask_baselines.scale import softmax_among
+
 # A loss that varies by less than this, relative to its mean, stands still: what is left may be rounding in float32.
 STILL = 1e-6
 
@@ -65,8 +67,7 @@ class ATW(Weighting):
         self._remember(signals.losses, labelled)
         spread = (self.squares / self.count).sqrt()
         z = torch.where(spread > STILL * self.mean.abs(), (self.recent - self.mean) / spread, 0.0)
-        share = (z / self.temperature).masked_fill(~labelled, -torch.inf).softmax(dim=0)
-        return torch.where(labelled, labelled.sum() * share, 0.0).to(signals.losses)
+        return (labelled.sum() * softmax_among(z / self.temperature, labelled)).to(signals.losses)
 
     def _remember(self, losses: Tensor, labelled: Tensor) -> None:
         """Add the losses of labelled tasks to both means and to the sum of squared deviations (Welford)."""

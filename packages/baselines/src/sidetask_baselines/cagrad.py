@@ -8,8 +8,9 @@ import numpy as np
 from scipy.optimize import brentq
 from sidetask_core import Equal, Method, Place, Task
 
+from sidetask_baselines.cosines import rounding
 from sidetask_baselines.gramian import GramianWeighting
-from sidetask_baselines.simplex import SolverFailure, min_norm_weights, vectors
+from sidetask_baselines.simplex import TOLERANCE, SolverFailure, min_norm_weights, vectors
 
 
 class CAGrad(GramianWeighting):
@@ -26,7 +27,10 @@ class CAGrad(GramianWeighting):
 
     Raises:
         ValueError: for c outside [0, 1), or an unknown place.
-        SolverFailure: in a step whose gradients are not finite or whose solution is not found.
+        SolverFailure: in a step whose gradients are not finite, or whose solution d misses the ball's surface by more
+            than 1e-6 of its radius, or the best value by more than 1e-6 ‖d‖ times the shortest gradient's length, and
+            by more than rounding explains. The surface counts only where ‖g_w‖ > 0 at the optimum: gradients that
+            cancel leave d inside.
     """
 
     def __init__(
@@ -55,10 +59,10 @@ def conflict_averse(gramian: np.ndarray, c: float) -> np.ndarray:
     count = len(gramian)
     mean = points.mean(axis=1, keepdims=True)
     radius = c * np.linalg.norm(mean)
-    longest = np.linalg.norm(points, axis=0).max()
+    lengths = np.linalg.norm(points, axis=0)
     even = np.full(count, 1 / count)
     # The mean of opposing gradients is zero up to rounding, and then there is no direction to stay near.
-    if radius <= c * 1e-12 * longest or c == 0:
+    if radius <= c * 1e-12 * lengths.max() or c == 0:
         return even
 
     def shortest(s: float) -> np.ndarray:
@@ -67,14 +71,27 @@ def conflict_averse(gramian: np.ndarray, c: float) -> np.ndarray:
     def excess(s: float) -> float:
         return s - float(np.linalg.norm(points @ shortest(s)))
 
-    # Below `low`, lengths are rounding errors: there g_w vanishes at the optimum, and its direction is the limit.
-    low, high = 1e-6 * min(longest, radius), 2 * longest
+    # Below `low` is as good as zero beside the shortest gradient: g_w vanishes at the optimum, and its direction is the
+    # limit.
+    least = lengths[lengths > 0].min()
+    low, high = 1e-7 * min(least, radius), 2 * lengths.max()
     s = low
     if excess(low) < 0:
-        s, result = brentq(excess, low, high, xtol=1e-15 * longest, rtol=1e-13, full_output=True, disp=False)
+        s, result = brentq(excess, low, high, xtol=1e-15 * low, rtol=1e-13, maxiter=300, full_output=True, disp=False)
         if not result.converged:
             raise SolverFailure(f"CAGrad's search did not converge: {result.flag}", gramian)
-    return even + radius / s * shortest(s)
+    tilt = shortest(s)
+    weights = even + radius / s * tilt
+    step, way = points @ weights, points @ tilt
+    off = np.linalg.norm(step - mean[:, 0]) / radius - 1
+    gap = way @ mean[:, 0] + radius * np.linalg.norm(way) - step @ points
+    # What rounding makes of them where gradients cancel, or one is so short that it hardly turns the others.
+    noise = rounding(count, float(np.finfo(float).eps))
+    away = (off if s == low else abs(off)) - noise * (tilt @ lengths) / s
+    missed = gap - noise * (tilt @ lengths + lengths) * (weights @ lengths)
+    if away > TOLERANCE or missed.max() > TOLERANCE * np.linalg.norm(step) * least:
+        raise SolverFailure("CAGrad's direction is off the ball, or misses the optimum of its dual problem", gramian)
+    return weights
 
 
 def cagrad(tasks: Sequence[Task], *, at: Place = "parameters", c: float = 0.4, rescale: bool = False) -> Method:

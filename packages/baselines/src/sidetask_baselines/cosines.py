@@ -8,12 +8,17 @@ from sidetask_core import Signals
 from torch import Tensor
 
 from sidetask_baselines.gramian import GramianWeighting
+from sidetask_baselines.simplex import TOLERANCE
 
 
 class CosineWeighting(GramianWeighting):
     """Weights from the cosines between the task gradients and from their lengths.
 
     A gradient of length zero has no direction: its task is as absent as one without labels, and has weight zero.
+
+    Attributes:
+        eps: relative rounding error of the inner products, that of the type they were computed in.
+        tiny: squared lengths up to this are zero.
     """
 
     eps: float
@@ -22,7 +27,6 @@ class CosineWeighting(GramianWeighting):
     def compared(self, signals: Signals) -> Tensor:
         """The Gramian ``[T, T]`` that the weights are solved for."""
         gramian = super().compared(signals)
-        # What is told from zero depends on the precision that the inner products were computed in.
         precision = torch.finfo(gramian.dtype)
         self.eps, self.tiny = precision.eps, precision.tiny
         return gramian
@@ -45,3 +49,8 @@ class CosineWeighting(GramianWeighting):
 def rounding(count: int, eps: float) -> float:
     """Below this, an eigenvalue of a matrix of `count` × `count` cosines is a rounding error of inner products."""
     return 10 * count * eps
+
+
+def accuracy(eps: float) -> float:
+    """To what equations between gradients hold: 1e-6, or 1e-2 for inner products in single precision."""
+    return max(TOLERANCE, 30 * float(np.sqrt(eps)))

@@ -9,6 +9,8 @@ import torch
 from sidetask_core import Method, Signals, Task, Weighting
 from torch import Tensor
 
+from sidetask_baselines.scale import softmax_among
+
 
 class DWA(Weighting):
     """Give more weight to tasks whose loss falls slowly.
@@ -16,7 +18,9 @@ class DWA(Weighting):
     With r_t the ratio of a task's mean loss over the last window to that over the window before it, the weights are
     T · softmax(r / temperature) (Eq. 7); ones during the first two windows. A mean is over the steps that had labels.
     A task without label in one of the two windows, or with a loss of zero in the one before, has no ratio and counts as
-    standing still, r = 1.
+    standing still, r = 1. A task without a label in the batch has weight zero, and T is the number of the others.
+
+    The ratio of two negative losses is the larger the more a loss *fell*: add a constant to one that becomes negative.
 
     Args:
         tasks: the tasks.
@@ -48,7 +52,7 @@ class DWA(Weighting):
         self.current: int | None = None
 
     def forward(self, signals: Signals) -> Tensor:
-        """Weights ``[T]`` that sum to T, constant within a window."""
+        """Weights ``[T]`` that sum to the number of labelled tasks; constant within a window, but for absent ones."""
         now = signals.epoch if self.window == "epoch" else signals.iteration // self.window
         if self.current is not None and now != self.current:
             # NaN for a task without a label in the window.
@@ -58,11 +62,12 @@ class DWA(Weighting):
         self.current = now
         self.sums = self.sums.to(signals.losses.device) + signals.losses
         self.steps = self.steps.to(signals.losses.device) + signals.labelled
+        labelled = signals.labelled
         if self.closed < 2:
-            return torch.ones_like(signals.losses)
+            return labelled.to(signals.losses)
         ratio = self.last / self.before
         ratio = torch.where(ratio.isfinite(), ratio, 1.0)
-        return len(self.tasks) * (ratio / self.temperature).softmax(dim=0).to(signals.losses)
+        return (labelled.sum() * softmax_among(ratio / self.temperature, labelled)).to(signals.losses)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Where in the windows the rule stands, besides what every rule saves."""

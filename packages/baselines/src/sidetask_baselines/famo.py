@@ -9,10 +9,12 @@ from sidetask_core import Method, Signals, Task, Weighting
 from sidetask_core.adam import Adam
 from torch import Tensor
 
-from sidetask_baselines.scale import check_scale
+from sidetask_baselines.scale import check_scale, softmax_among
 
 # Added to losses before they are divided by and before their logarithm, as in the released code.
 EPSILON = 1e-8
+# Relative differences of this many units are rounding, of kernels that differ between the step and the look back.
+ROUNDING = 16
 
 
 class FAMO(Weighting):
@@ -23,15 +25,20 @@ class FAMO(Weighting):
     (∂z/∂logits)ᵀ δ, so that a task which fell least gains most (Algorithm 1). They are trained by the rule's own Adam.
 
     The losses after the update cost a forward pass without gradient over the previous batch, as in the released code
-    (see `Signals.progress`); where the previous step failed, the logits stay. A task without label in the previous
-    batch keeps its logit, one without label in this batch has weight zero. Weights are inverse to the scale of a loss,
-    and the logits do not depend on it.
+    (see `Signals.progress`). Where the previous step failed, or the losses differ by no more than rounding, as while
+    gradients accumulate, the logits stay. A task without label in the previous batch keeps its logit, one without label
+    in this batch has weight zero. Weights are inverse to the scale of a loss, and the logits do not depend on it.
+
+    The method takes logarithms. A loss of exactly zero counts as 1e-8, and its task has all but all of the weight (the
+    released code). A negative loss has no logarithm: its task has weight zero, and keeps its logit, as does one whose
+    loss after the update was not finite. Add a constant to a loss that can become negative.
 
     Args:
-        tasks: the tasks. Their losses must not be negative.
+        tasks: the tasks. Their losses should not be negative.
         lr: Adam's step size; 0.025 (the released code).
         decay: weight decay of the logits, the paper's γ; 0.01 (the released code).
-        scale: weights sum to the number of tasks that have labels (``"sum"``) or, as in the paper, to 1 (``"paper"``).
+        scale: weights sum to the number of tasks whose weight is not zero (``"sum"``) or, as in the paper, to 1
+            (``"paper"``).
 
     Raises:
         ValueError: for an unknown scale, an `lr` that is not positive or a negative `decay`.
@@ -54,20 +61,17 @@ class FAMO(Weighting):
         progress = signals.progress()
         if progress is not None:
             fell = (progress.before + EPSILON).log() - (progress.after + EPSILON).log()
-            # While gradients accumulate there is no update to judge, and nothing falls.
-            there = progress.labelled & (progress.before != progress.after).any()
-            shares = _softmax(self.logits, there)
-            gradient = shares * (fell - (shares * torch.where(there, fell, 0.0)).sum())
-            self.logits = self.adam(self.logits, gradient, there)
-        labelled = signals.labelled
-        wanted = torch.where(labelled, _softmax(self.logits, labelled) / (signals.losses + EPSILON), 0.0)
-        total = labelled.sum() if self.scale == "sum" else 1.0
+            rounding = ROUNDING * torch.finfo(progress.after.dtype).eps * progress.before.abs()
+            moved = ((progress.before - progress.after).abs() > rounding) & progress.labelled
+            there = progress.labelled & fell.isfinite() & moved.any()
+            shares = softmax_among(self.logits, there)
+            fell = torch.where(there, fell, 0.0)
+            self.logits = self.adam(self.logits, shares * (fell - (shares * fell).sum()), there)
+        weighable = signals.labelled & (signals.losses > -EPSILON)
+        shares = softmax_among(self.logits, weighable)
+        wanted = torch.where(weighable, shares / (signals.losses + EPSILON), 0.0)
+        total = weighable.sum() if self.scale == "sum" else 1.0
         return total * wanted / wanted.sum().clamp(min=torch.finfo(wanted.dtype).tiny)
-
-
-def _softmax(logits: Tensor, among: Tensor) -> Tensor:
-    """The softmax of some of the logits, zero for the others; zeros if there are none."""
-    return torch.where(among, torch.where(among, logits, -torch.inf).softmax(dim=0), 0.0)
 
 
 def famo(tasks: Sequence[Task], *, lr: float = 0.025, decay: float = 0.01, scale: str = "sum") -> Method:

@@ -34,8 +34,8 @@ class Fetched(NamedTuple):
 class GramianWeighting(Weighting):
     """Weights from the Gramian of the task gradients, solved for in float64 on the host.
 
-    Fetching the Gramian and the losses, T² + T numbers, is the one time the rule waits for the device. A rule says how
-    it weighs in `solve`, or in `weigh` if it looks at more than the Gramian.
+    Fetching the Gramian, the losses and who has labels, T² + 2 T numbers, is the one time that `forward` waits for the
+    device. A rule says how it weighs in `solve`, or in `weigh` if it looks at more than the Gramian.
 
     Args:
         tasks: the tasks.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from sidetask_core import Equal, Method, Place, Task
 
-from sidetask_baselines.cosines import CosineWeighting, rounding
+from sidetask_baselines.cosines import CosineWeighting, accuracy, rounding
 from sidetask_baselines.scale import check_scale, total_weight
 from sidetask_baselines.simplex import TOLERANCE, SolverFailure
 
@@ -17,12 +17,15 @@ class IMTLG(CosineWeighting):
 
     With u_t = g_t / ‖g_t‖, the weights α sum to 1 and ⟨Σ_s α_s g_s, u_t⟩ is the same for all t. They may be negative.
 
-    In the unit gradients' coordinates x_t = α_t ‖g_t‖ the equations are C x ∝ 1, with C the cosines. If C is singular,
-    to the precision of inner products, the shortest x is taken:
+    In the unit gradients' coordinates x_t = α_t ‖g_t‖ the equations are C x ∝ 1, with C the cosines. They are solved
+    along the eigenvectors of C, and projections are equal to 1e-6 of their mean; to 1e-2 if inner products come in
+    single precision. Where those do not tell an eigenvalue from zero:
 
-    - Where C x = 1 has solutions, they differ in how duplicates share a direction; each has the same share.
-    - Where it has none, as with opposing gradients, projections are equal only if all are zero: so is the combined
-      gradient then, and the shared parameters stay.
+    - Gradients that rounding alone tells apart are duplicates: each has the same share, and their projections differ by
+      no more than that rounding.
+    - With opposing gradients projections are equal only if all are zero: so is the combined gradient then, that of the
+      shortest such x, and the shared parameters stay. Gradients that cancel but for some 3e-4 of their lengths, or
+      5e-2 in single precision, are opposing, for the rounding of their cosines would miss the equations by more.
 
     A gradient of zero has no direction; its weight is zero, and the other tasks are weighted as if it were not there.
 
@@ -38,8 +41,8 @@ class IMTLG(CosineWeighting):
 
     Raises:
         ValueError: for an unknown place or scale.
-        SolverFailure: in a step whose gradients are not finite, or whose solution sums to zero: no multiple of it sums
-            to 1.
+        SolverFailure: in a step whose gradients are not finite, or whose solution sums to zero, so that no multiple of
+            it sums to 1: scaled, it would be 1e6 times as long as the shortest gradient.
     """
 
     def __init__(
@@ -66,27 +69,35 @@ def equal_projections(cosines: np.ndarray, lengths: np.ndarray, eps: float = flo
 
     Raises:
         SolverFailure: if the sum of the weights is zero before it is normalised, or projections differ by more than
-            `TOLERANCE` and rounding.
+            `accuracy` and what tells duplicates apart.
 
     >>> equal_projections(np.eye(2), np.array([3.0, 1.0]))
     array([0.25, 0.75])
     """
     values, axes = np.linalg.eigh(cosines)
-    tolerance = rounding(len(cosines), eps)
-    regular, null = axes[:, values > tolerance], axes[:, values <= tolerance]
+    noise, close = rounding(len(cosines), eps), accuracy(eps)
+    along = axes.sum(axis=0)
+    # Duplicates, which rounding alone tells apart, along what it makes of their difference: left out.
+    spare = (values <= noise) & (np.abs(along) <= np.sqrt(close))
+    # The other parts of the solution, along / values, are to be known to what is close.
+    lost = ~spare & (noise * np.abs(along) > close * values.clip(min=0))
+    left_out = float(np.linalg.norm(along[spare]))
     inverse = lengths.min() / lengths
-    # Eigenvectors are known to the root of what eigenvalues are known to.
-    if np.linalg.norm(null.sum(axis=0)) <= np.sqrt(tolerance):
-        x = regular @ (regular.sum(axis=0) / values[values > tolerance])
+    if lost.any() or left_out > np.sqrt(close):
+        vanishing = axes[:, lost | (values <= noise)]
+        x = vanishing @ (inverse @ vanishing)
+        size = np.linalg.norm(x)
+        miss = np.abs(cosines @ x).max() / (np.sqrt(len(x)) * size)
     else:
-        x = null @ (inverse @ null)
-    projections = cosines @ x
-    miss = np.abs(projections - projections.mean()).max()
-    if miss > max(TOLERANCE, np.sqrt(tolerance)) * abs(projections.mean()) + tolerance * np.abs(x).sum():
+        regular = ~spare
+        x = axes[:, regular] @ (along[regular] / values[regular])
+        size = np.sqrt(x.sum().clip(min=0))
+        miss = np.abs(cosines @ x - 1).max() - left_out
+    if miss > close:
         raise SolverFailure("the combined gradient's projections differ between tasks", cosines)
     weights = x * inverse
     total = weights.sum()
-    if abs(total) <= TOLERANCE * np.abs(weights).sum():
+    if abs(total) <= TOLERANCE * size:
         raise SolverFailure("the weights with equal projections sum to zero, and cannot be scaled to sum to 1", cosines)
     return weights / total
 

@@ -17,8 +17,8 @@ class IMTLL(Weighting):
 
     The scale of a loss does not matter: training on k L_t from s_t − log k is training on L_t from s_t, step for step.
     From the common start it has to cover log k first. The gradient of s_t is e^{s_t} L_t − 1: choose `init`, or an
-    optimizer like Adam, so that a first loss far above 1 does not throw s_t far down. A loss that stays zero lets s_t
-    rise without bound.
+    optimizer like Adam, so that a first loss far above 1 does not throw s_t far down. A loss that stays zero or
+    negative lets s_t, and with it the weight, rise without bound: e^{s} L = 1 has no solution.
 
     Args:
         tasks: the tasks.

@@ -11,26 +11,28 @@ from torch import Tensor
 
 from sidetask_baselines.gramian import GramianWeighting
 from sidetask_baselines.scale import check_scale, total_weight
-from sidetask_baselines.simplex import min_norm_weights, vectors
+from sidetask_baselines.simplex import shortest
 
 
 class MGDA(GramianWeighting):
     """Follow the shortest convex combination of the task gradients, which descends on every task.
 
     The combination is the solution of a quadratic program over the simplex (Eq. 3), found exactly, where the
-    paper's Frank-Wolfe iterations stop short of it.
+    paper's Frank-Wolfe iterations stop short of it: to rounding, see `shortest`.
 
     Args:
         tasks: the tasks.
         at: ``"features"`` (the paper's upper bound, MGDA-UB, one backward pass) or ``"parameters"``.
         normalization: what gradients are divided by before they are compared: ``"none"`` (the paper), ``"norm"``
             (their length), ``"loss"`` (the task's loss) or ``"loss+"`` (both), as in the official code. The weights
-            found apply to the gradients as they are.
+            found apply to the gradients as they are. A loss that is not positive divides nothing: its gradient is
+            compared at its own length.
         scale: weights sum to the number of tasks that have labels (``"sum"``) or, as in the paper, to 1 (``"paper"``).
 
     Raises:
         ValueError: for an unknown place, normalization or scale.
-        SolverFailure: in a step whose gradients are not finite or whose solution misses its KKT conditions.
+        SolverFailure: in a step whose gradients are not finite or whose solution p misses its KKT conditions,
+            p·g_t ≥ p·p with equality where a task has weight, by more than 1e-6 |p| |g_t|.
     """
 
     def __init__(
@@ -47,15 +49,19 @@ class MGDA(GramianWeighting):
         gramian = signals.gramian(self.at).to(torch.float64)
         divisor = torch.ones_like(gramian[0])
         if self.normalization in ("loss", "loss+"):
-            divisor = signals.losses.to(divisor)
+            divisor = _positive(signals.losses.to(divisor))
         if self.normalization in ("norm", "loss+"):
-            divisor = divisor * gramian.diagonal().sqrt()
-        divisor = torch.where(divisor > 0, divisor, 1.0)
+            divisor = divisor * _positive(gramian.diagonal().sqrt())
         return gramian / divisor.outer(divisor)
 
     def solve(self, gramian: np.ndarray) -> np.ndarray:
         """Weights of the shortest combination, at least zero, that sum to the number of tasks or to 1."""
-        return total_weight(self.scale, len(gramian)) * min_norm_weights(vectors(gramian))
+        return total_weight(self.scale, len(gramian)) * shortest(gramian)
+
+
+def _positive(sizes: Tensor) -> Tensor:
+    """The sizes, or one where they are zero or negative and nothing can be divided by them."""
+    return torch.where(sizes > 0, sizes, 1.0)
 
 
 def mgda(tasks: Sequence[Task], *, at: Place = "features", normalization: str = "none", scale: str = "sum") -> Method:

@@ -10,8 +10,9 @@ import torch
 from sidetask_core import Equal, Method, Place, Signals, Task
 from torch import Tensor
 
-from sidetask_baselines.cosines import CosineWeighting
-from sidetask_baselines.simplex import TOLERANCE, SolverFailure, min_norm_weights, vectors
+from sidetask_baselines.cosines import CosineWeighting, accuracy
+from sidetask_baselines.gramian import Fetched
+from sidetask_baselines.simplex import TOLERANCE, SolverFailure, shortest, vectors
 
 
 class NashMTL(CosineWeighting):
@@ -26,10 +27,10 @@ class NashMTL(CosineWeighting):
     it to length 1.
 
     Where a convex combination of the gradients vanishes (they oppose each other), no direction serves all tasks, the
-    bargain fails, and the shared parameters stay: the weights are those of the vanishing combination, with
-    Σ_t α_t ‖g_t‖ = T. Inner products tell it from a short one down to some 1e-4 of the gradients' lengths: below, their
-    rounding misses the equation by 1e-6, and the combination counts as vanishing. A gradient of zero has nothing to
-    bargain for; its weight is zero.
+    bargain fails, and the shared parameters stay: the weights are those of the shortest combination, with
+    Σ_t α_t ‖g_t‖ = T. Inner products tell it from a short one down to 5e-5 of the gradients' lengths in double
+    precision and 1e-2 in single: below, their rounding misses the equation by 1e-6 or by 1e-2, and the combination
+    counts as vanishing. A gradient of zero has nothing to bargain for; its weight is zero.
 
     Args:
         tasks: the tasks.
@@ -39,11 +40,13 @@ class NashMTL(CosineWeighting):
         max_norm: longest combined gradient, at the place where gradients are compared; longer ones are shortened. 1 in
             the official code.
         every: number of steps between solutions, which cost a pass over the encoder per task; other steps take the last
-            weights, and the last factor of `max_norm`.
+            weights, and the last factor of `max_norm`. A task with labels that had none at the last solution calls for
+            a new one at once; only while there is such a task do the steps between solutions wait for the device.
 
     Raises:
         ValueError: for an unknown place or scale, or a `max_norm` or `every` that is not positive.
-        SolverFailure: in a step whose gradients are not finite or whose solution misses |α_t (K α)_t − 1| ≤ 1e-6.
+        SolverFailure: in a step whose gradients are not finite or whose solution misses |α_t (K α)_t − 1| ≤ 1e-6, with
+            K as it is given.
 
     The official code weighs the losses, and hence task-specific parameters too: ``Method(encoder=NashMTL(tasks))``.
     """
@@ -69,22 +72,31 @@ class NashMTL(CosineWeighting):
         self.scale = scale
         self.max_norm = max_norm
         self.every = every
-        self.solved = False
+        self.solved = [False] * len(self.tasks)
         self.register_buffer("latest", torch.ones(len(self.tasks), dtype=torch.float64))
 
     def forward(self, signals: Signals) -> Tensor:
         """Weights ``[T]``, at least zero."""
-        if self.solved and signals.iteration % self.every:
+        if signals.iteration % self.every and self._has_weights(signals.labelled):
             return self.latest.to(signals.losses) * signals.labelled
+        self.solved = [False] * len(self.tasks)
         weights = super().forward(signals)
-        # A task without labels keeps its weight for the steps until the next solution.
-        self.latest = torch.where(signals.labelled, weights.to(torch.float64), self.latest.to(weights.device))
-        self.solved = True
+        self.latest = weights.to(torch.float64)
+        return weights
+
+    def _has_weights(self, labelled: Tensor) -> bool:
+        """Whether every task with labels took part in the last solution."""
+        return all(self.solved) or not any(np.greater(labelled.tolist(), self.solved))
+
+    def weigh(self, fetched: Fetched) -> np.ndarray:
+        """Weights ``[P]`` of the tasks that have labels."""
+        weights = super().weigh(fetched)
+        self.solved = fetched.present.tolist()
         return weights
 
     def solve_unit(self, cosines: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Weights ``[P]`` of the tasks whose gradients have a length."""
-        shares = bargain(cosines)
+        shares = bargain(cosines, self.eps)
         factor = 1.0
         if self.scale == "sum":
             factor = len(shares) / (shares / lengths).sum()
@@ -96,47 +108,53 @@ class NashMTL(CosineWeighting):
         return factor * shares / lengths
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Whether there are weights to take up again, besides what every rule saves."""
-        return super().get_extra_state() | {"solved": self.solved}
+        """Which tasks have weights to take up again, besides what every rule saves."""
+        return super().get_extra_state() | {"solved": list(self.solved)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on where a saved rule stood."""
         super().set_extra_state(state)
-        self.solved = state["solved"]
+        self.solved = list(state["solved"])
 
 
-def bargain(cosines: np.ndarray) -> np.ndarray:
-    """The solution b > 0 of C b = 1/b for the cosines C; a vanishing combination that sums to T where there is none.
+def bargain(cosines: np.ndarray, eps: float = float(np.finfo(float).eps)) -> np.ndarray:
+    """The solution b > 0 of C b = 1/b for the cosines C; the shortest combination that sums to T where there is none.
 
     It is the minimum of ½ bᵀCb − Σ_t log b_t, which is strictly convex and self-concordant: Newton's method, damped by
     its decrement until that is small, gets there from anywhere (Boyd and Vandenberghe, "Convex optimization", 9.6).
 
+    Args:
+        cosines: between the gradients ``[T, T]``.
+        eps: relative rounding error of the gradients' inner products.
+
     Raises:
-        SolverFailure: if the equation is missed by more than `TOLERANCE` though no combination vanishes.
+        SolverFailure: if the equation is missed by more than `accuracy` though no combination vanishes.
 
     >>> bargain(np.eye(2))
     array([1., 1.])
     """
     # Without the negative eigenvalues that rounding makes, and with them a bound.
     points = vectors(cosines)
-    cosines = points.T @ points
+    exact = points.T @ points
     count = len(cosines)
-    b = np.full(count, np.sqrt(count / max(cosines.sum(), 1.0)))
+    b = np.full(count, np.sqrt(count / max(exact.sum(), 1.0)))
     full = 0
-    # Beyond these shares, rounding errors of the cosines alone miss the equation by the tolerance.
-    largest = np.sqrt(TOLERANCE / (10 * np.finfo(float).eps))
+    # Beyond these shares, rounding errors of the cosines alone miss the equation by what it is asked to hold to.
+    largest = np.sqrt(accuracy(eps) / (10 * eps))
     while full < 6 and b.max() < largest:
-        miss = 1 - b * (cosines @ b)
-        step = np.linalg.solve(np.outer(b, b) * cosines + np.eye(count), miss)
+        miss = 1 - b * (exact @ b)
+        step = np.linalg.solve(np.outer(b, b) * exact + np.eye(count), miss)
         decrement = np.sqrt(miss @ step)
         # From a decrement of a quarter, full steps converge quadratically: six are enough for machine precision.
         full += decrement <= 0.25
         b = b * (1 + step / (1 if decrement <= 0.25 else 1 + decrement))
-    if np.abs(b * (cosines @ b) - 1).max() <= TOLERANCE:
+    if b.max() < largest:
+        if np.abs(b * (exact @ b) - 1).max() > TOLERANCE:
+            raise SolverFailure("the bargaining equation is not met", cosines)
         return b
-    weights = min_norm_weights(points)
-    if np.linalg.norm(points @ weights) > 1e-3:
-        raise SolverFailure("the bargaining equation is not met", cosines)
+    weights = shortest(cosines)
+    if np.linalg.norm(points @ weights) > 10 / largest:
+        raise SolverFailure("the search for the bargain left its bounds though no combination vanishes", cosines)
     return count * weights
 
 

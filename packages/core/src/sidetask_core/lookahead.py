@@ -153,7 +153,7 @@ class Trail:
                 for parameter, gradient in pairs:
                     if gradient is not None:
                         name = names[id(parameter)]
-                        more = gradient / passes.scale.to(gradient) if passes.scaled else gradient
+                        more = passes.unscaled(gradient)
                         own[t][name] = own[t][name] + more if name in own[t] else more
         return cls({names[id(p)]: p.detach() for p in passes.shared}, own, encoded, ambient)
 
@@ -254,24 +254,30 @@ class Lookahead:
         """d(primaries' validation loss after the step)/d(weight) of the tasks `among`, zero for others ``[T]``."""
         governed = parameters_of(self.model, passes, part)
         found = combine(passes, Weights(weights, weights), ahead=True)
-        gradients = {name: found[p] / passes.scale.to(found[p]) for name, p in governed.items() if p in found}
         groups = groups_of(self.optimizer, self.model)
-        moves = {
-            name: Move.of(p, gradients.get(name), self.optimizer, groups.get(id(p))) for name, p in governed.items()
-        }
-        slopes = self._validation_gradient(passes.scale, {name: move.after for name, move in moves.items()})
-        along = {name: slope * moves[name].rate for name, slope in slopes.items()}
+        after, rates = {}, {}
+        for name, p in governed.items():
+            gradient = passes.unscaled(found.pop(p)) if p in found else None
+            move = Move.of(p, gradient, self.optimizer, groups.get(id(p)))
+            after[name], rates[name] = move.after, move.rate
+        along = self._validation_gradient(passes, after)
+        # One by one, since each of these is as large as the network.
+        for name in along:
+            along[name] = along[name] * rates[name]
         return -Trail.of(self.model, passes, self.ambient).slopes(self.model, along, mode, among).to(passes.losses[0])
 
-    def _validation_gradient(self, scale: Tensor, after: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """∇ of the primaries' unweighted validation loss at the parameters after the step, over all processes."""
+    def _validation_gradient(self, passes: Passes, after: dict[str, Tensor]) -> dict[str, Tensor]:
+        """∇ of the primaries' unweighted validation loss at the parameters `after` the step, over all processes.
+
+        Empties `after`, which nobody needs beyond it.
+        """
         primaries = [task for task in self.tasks if task.primary]
         batch = self.validation if isinstance(self.validation, Batch) else self.validation()
-        leaves = {name: tensor.clone().requires_grad_() for name, tensor in after.items()}
+        leaves = {name: after.pop(name).detach().requires_grad_() for name in list(after)}
 
         def compute(model: SplitModel) -> list[Tensor | None]:
             losses, _ = losses_of(model, primaries, batch, {})
-            total = torch.stack([loss.to(losses[0]) for loss in losses]).sum() * scale.to(losses[0])
+            total = torch.stack([loss.to(losses[0]) for loss in losses]).sum() * passes.scale.to(losses[0])
             if not total.requires_grad or not leaves:
                 return [None] * len(leaves)
             return list(torch.autograd.grad(total, list(leaves.values()), allow_unused=True))
@@ -279,7 +285,7 @@ class Lookahead:
         with torch.enable_grad(), self.ambient:
             found = aside(self.model, compute, leaves)
         summed = parallel.add_gradients(list(leaves.values()), found)
-        return {name: g / scale.to(g) for name, g in zip(leaves, summed, strict=True) if g is not None}
+        return {name: passes.unscaled(g) for name, g in zip(leaves, summed, strict=True) if g is not None}
 
 
 @dataclass(frozen=True)
@@ -316,9 +322,11 @@ class Hindsight:
         """d(primaries' loss in this step)/d(weight in the step before) of `among`, zero for other tasks ``[T]``."""
         ones = torch.tensor([float(task.primary) for task in tasks]).to(passes.losses[0])
         found = combine(passes, Weights(ones, ones), ahead=True)
+        # No step has these weights, so that nobody will ask for the gradient again.
+        passes.ahead = None
         governed = parameters_of(model, passes, part)
         along = {
-            name: found[p] / passes.scale.to(found[p]) * self.rates[name]
+            name: passes.unscaled(found.pop(p)) * self.rates[name]
             for name, p in governed.items()
             if p in found and name in self.rates
         }

@@ -236,6 +236,10 @@ class Passes:
             self._parameters = matrix.div_(self.scale) if self.scaled else matrix, [n > 0 for n in used.tolist()]
         return self._parameters
 
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """A gradient of the losses themselves."""
+        return gradient / self.scale.to(gradient) if self.scaled else gradient
+
     def has_parameter_gradients(self) -> bool:
         """Whether every task's gradient of the shared parameters is there already."""
         return self._parameters is not None

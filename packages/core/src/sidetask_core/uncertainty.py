@@ -36,8 +36,9 @@ class Uncertainty(Weighting):
     settle where σ_t² = L_t. `log_variance` ``[T]`` is trained by the caller's optimizer (``step.parameters()``), in
     Auto-λ's code and here without constraint.
 
-    Where a loss stays at zero, s_t falls without end. Weights and objective are those of an s_t within ±40, so that
-    they are finite; beyond, the gradient is that at the end, and leads back once there is a loss again.
+    A loss that stays zero or negative lets s_t fall without end: no variance equals it. Weights and objective are those
+    of an s_t within ±40, so that they are finite; beyond, the gradient is that at the end, and leads back once there is
+    a loss again.
 
     Args:
         tasks: the tasks.

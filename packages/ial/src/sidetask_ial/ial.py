@@ -126,6 +126,8 @@ class ImpartialEncoder(Weighting):
 
     def forward(self, signals: Signals) -> Tensor:
         """Weights ``[T]`` of the raw gradients: 1 for primary tasks, at least 0 for auxiliary ones."""
+        if all(self.primary):
+            return torch.ones_like(signals.losses)
         weights = self._measured(signals).to(torch.float64)
         if self.align:
             norms = signals.norms("features").to(torch.float64)

@@ -179,7 +179,8 @@ class Signals:
         for domain in self._passes.domains:
             self._need_features(domain.cut.below)
             gradients = self._passes.feature_gradients(domain)
-            of_domain = weights.to(gradients)[domain.tasks] @ gradients
+            # Indexing by a list would wait for the device.
+            of_domain = torch.stack([weights[t] for t in domain.tasks]).to(gradients) @ gradients
             total = total + torch.linalg.vector_norm(of_domain).square().to(total)
         return self._finite(parallel.add(total).sqrt())
 

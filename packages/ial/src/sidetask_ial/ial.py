@@ -62,8 +62,8 @@ class ImpartialEncoder(Weighting):
             written; these are ours.
         align: whether the auxiliaries' gradients are brought to the primary's length; True (the paper). With False,
             the measure alone weighs the raw gradients.
-        activation: g; ``"relu"`` (the paper's choice), ``"softplus"``, ``"sigmoid"``, or a function of 1 − σ, which
-            should not be negative.
+        activation: g, which the paper leaves open; ``"relu"``, ``"softplus"``, ``"sigmoid"``, or a function of 1 − σ,
+            which should not be negative.
         init: first value of log σ² of a rule of its own; −0.7, as in `Uncertainty`.
         uncertainty: the rule that learns σ; one of its own if None. Read by ``measure="uncertainty"`` alone.
 
@@ -131,10 +131,10 @@ class ImpartialEncoder(Weighting):
         weights = self._measured(signals).to(torch.float64)
         if self.align:
             norms = signals.norms("features").to(torch.float64)
-            # What is followed has to stay a number: a primary's gradient may be any number of times as long.
+            # A primary's gradient may be any number of times as long, and a weight has to stay a number.
             most = torch.finfo(signals.losses.dtype).max
             ratio = (self._primary_norm(signals) / norms).clamp(max=most)
-            weights = torch.where(norms > 0, weights * ratio, 0.0)
+            weights = torch.where(norms > 0, (weights * ratio).clamp(max=most), 0.0)
         return torch.where(self.primaries.to(weights.device), 1.0, weights).to(signals.losses)
 
     def objective(self, signals: Signals) -> Tensor | None:

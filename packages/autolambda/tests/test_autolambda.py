@@ -362,6 +362,38 @@ def test_only_inputs_of_drawn_tasks_are_encoded_again():
     assert counts == [7, 8, 9]
 
 
+@pytest.mark.parametrize("when", WHENS)
+def test_inputs_of_domains_that_are_not_drawn_may_be_left_out(when):
+    """λ learns as if they were there without labels, and nothing of theirs is encoded."""
+    names = "abcde"
+    tasks, data = [Task(n, squared, input=n) for n in names], batches(8, names=names)
+    found = []
+    for everything in (True, False):
+        model, encoded, path = problem(names=names), [], []
+        model.shared.register_forward_hook(lambda *_, seen=encoded: seen.append(1))
+        rule = AutoLambda(tasks, lr=LR, when=when)
+        step = Step(model, tasks, Method(encoder=rule))
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        for i, (batch, probe) in enumerate(zip(data[:4], data[4:], strict=True)):
+            pair = names[i], names[(2 * i + 1) % 5]
+
+            def drawn(batch, pair=pair, everything=everything):
+                inputs = {n: (1 + k) * batch.inputs for k, n in enumerate(names) if everything or n in pair}
+                return Batch(inputs, dict.fromkeys(names) | {n: batch.targets[n] for n in pair})
+
+            optimizer.zero_grad()
+            encoded.clear()
+            step.backward(drawn(batch), validation=drawn(probe), optimizer=optimizer)
+            optimizer.step()
+            path += [moments(rule), *(p.detach().clone() for p in model.parameters())]
+        found.append(path)
+    # Two in the training batch, two in the validation batch, two to look ahead or back.
+    assert len(encoded) == (4 if when == "online" else 6)
+    for there, left_out in zip(*found, strict=True):
+        close(left_out, there, "moments and parameters", rtol=1e-12)
+    assert (found[1][-len(list(model.parameters())) - 1][3] > 0).sum() >= 4
+
+
 @pytest.mark.parametrize("constraint", [None, "nonnegative", "softmax"], ids=str)
 @pytest.mark.parametrize("when", WHENS)
 def test_a_task_without_labels_keeps_what_it_has(when, constraint):

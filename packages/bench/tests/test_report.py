@@ -1,12 +1,14 @@
 import itertools
 import json
 import re
+from functools import partial
 from html.parser import HTMLParser
 from statistics import fmean, stdev
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from sidetask_bench import plots, records, report, tables
 from sidetask_bench.gallery import Gallery, Legend, Picture, Strip
@@ -364,6 +366,21 @@ def test_a_comparison_that_lacks_something(tmp_path, change, message):
 def test_no_comparison(tmp_path):
     with pytest.raises(FileNotFoundError, match="sidetask compare"):
         report.write(tmp_path)
+
+
+@pytest.mark.parametrize("means", [[0.0, -2426.7], [12.3, -98.7], [0.0, 31.4]], ids=str)
+def test_numbers_beside_bars_stay_inside_the_axes(tmp_path, means):
+    make(tmp_path)
+    rows = records.load(tmp_path).rows[: len(means)]
+    bars = [plots.Bar(mean, abs(mean)) for mean in means]
+    draw = partial(plots._bars, rows=rows, bars=bars, label="improvement")
+    figure = Figure(figsize=plots.PANEL, dpi=plots.DPI)
+    ax = plots._place(figure, plots.Panel("", draw, "", 1.6, 0.15), 0, 0, top=0.04)
+    ax.autoscale_view()
+    whole = ax.get_window_extent()
+    assert len(ax.texts) == len(bars)
+    for text in ax.texts:
+        assert whole.x0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= whole.x1
 
 
 def test_spread_keeps_order_and_distance():

@@ -252,6 +252,17 @@ def test_where_there_are_no_labels_to_add(rooms, tmp_path, write):
         with_pseudo(rooms, {"depth": write()})
 
 
+def test_beside_noise(rooms, tmp_path):
+    noisy = scenes(size=(12, 16), train=6, validation=3, test=4, tasks=["segmentation", "depth"], noise=True)
+    folder = pseudo_label(rooms, tmp_path, Teacher("tokens"), kind="tokens")
+    both = with_pseudo(noisy, {"guess": folder})
+    assert [task.name for task in both.tasks] == ["segmentation", "depth", "noise", "guess"]
+    alone = with_pseudo(rooms, {"guess": folder})
+    for batch, other in zip(both.train.batches(3), alone.train.batches(3), strict=True):
+        assert torch.equal(batch.targets["guess"], other.targets["guess"])
+        assert set(batch.targets) == {"segmentation", "depth", "noise", "guess"}
+
+
 def test_whole_images_have_soft_labels_only(tmp_path):
     data = digits(train=6, validation=3, test=3)
     folder = pseudo_label(data, tmp_path / "soft", lambda x: torch.full((len(x), 4), 0.25), kind="soft")

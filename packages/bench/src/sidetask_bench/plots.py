@@ -309,11 +309,13 @@ def _bars(ax: Axes, rows: Sequence[RowRecord], bars: Sequence[Bar | None], label
         )
     ax.set_yticks(range(len(rows)), [_short(row.name) for row in rows], color=LIGHT.ink)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.margins(x=0.18)
+    widest = max((len(_signed(bar.mean)) for bar in bars if bar), default=0)
+    ax.use_sticky_edges = False  # or there is no margin at 0, where the baseline's number stands
+    ax.margins(x=max(0.18, 0.06 * widest))
 
 
 def _signed(value: float) -> str:
-    return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
+    return "0.0" if abs(value) < 0.05 else f"{value:+.{0 if abs(value) >= 1000 else 1}f}".replace("-", "−")
 
 
 def _in_words(rows: Sequence[RowRecord], bars: Sequence[Bar | None]) -> str:

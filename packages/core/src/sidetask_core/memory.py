@@ -81,11 +81,16 @@ class Memory:
             precision = (ambient.device, str(ambient.fast_dtype).removeprefix("torch."), ambient._enabled)
             hindsight = (trail.shared, trail.own, inputs, precision, self.hindsight.rates)
         names = [task.name for task in self.tasks]
-        return {"tasks": names, "past": past, "hindsight": hindsight, "rank": parallel.rank()}
+        wants = (self.wants_progress, self.wants_hindsight)
+        return {"tasks": names, "past": past, "hindsight": hindsight, "rank": parallel.rank(), "wants": wants}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state, unless it is another process's."""
+        """Take over a saved state, of another process's only what it was asked for.
+
+        A rule that asks in every n-th step would otherwise miss the first time after a resume.
+        """
         self.past, self.hindsight, self.agreed = None, None, False
+        self.wants_progress, self.wants_hindsight = state["wants"]
         if state["rank"] != parallel.rank():
             return
         device = device_of(self.model)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from sidetask_core import parallel
 from sidetask_core.aside import RandomState, device_of
 from sidetask_core.split import SplitModel
-from sidetask_core.task import Batch, Task, masked_sum
+from sidetask_core.task import Batch, Task, _listed, masked_sum
 
 Gradients = list[Tensor | None]
 Elements = list[tuple[Tensor, Tensor | None]]
@@ -117,7 +117,8 @@ class Passes:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.shared = [p for p in model.shared_parameters() if p.requires_grad]
         self.domains: list[Domain] = []
-        self.domain_of: list[Domain] = []
+        # None for a task whose input is not in the batch; such a task has no pass and no gradient.
+        self.domain_of: list[Domain | None] = [None] * len(tasks)
         self.branch_of: list[Branch | None] = [None] * len(tasks)
         self.own: list[list[nn.Parameter]] = [[] for _ in tasks]
         self.elements: list[Elements | None] = [None] * len(tasks)
@@ -138,14 +139,19 @@ class Passes:
         targets = [batch.target_of(task) for task in tasks]
         device = device_of(model)
         by_input: dict[int, Domain] = {}
+        if all(one is None for one in inputs):
+            raise ValueError(f"the batch has no input of any task; the tasks are: {_listed(t.name for t in tasks)}")
         for t, one in enumerate(inputs):
+            if one is None:
+                continue
             if id(one) not in by_input:
                 before = RandomState.of(device)
                 by_input[id(one)] = Domain(Cut(model.encode(one)), one, before)
-            self.domain_of.append(by_input[id(one)])
-            self.domain_of[t].tasks.append(t)
+            self.domain_of[t] = domain = by_input[id(one)]
+            domain.tasks.append(t)
         self.domains = list(by_input.values())
-        sums: dict[int, Sums] = {}
+        nothing = self.domains[0].cut.structure
+        sums = {t: _sums(tasks[t], None, nothing, None, shapers) for t, one in enumerate(inputs) if one is None}
         for domain in self.domains:
             for t, features in zip(domain.tasks, self._branches(model, tasks, domain), strict=True):
                 task, target, elements = tasks[t], targets[t], None
@@ -182,7 +188,9 @@ class Passes:
         """
         if t in self._heads:
             return self._heads[t] if keep else self._heads.pop(t)
-        cut = (self.branch_of[t] or self.domain_of[t]).cut.below
+        place = self.branch_of[t] or self.domain_of[t]
+        assert place is not None
+        cut = place.cut.below
         wanted = [*self.own[t], *cut]
         loss = self.losses[t]
         grads: Gradients = [None] * len(wanted)
@@ -219,6 +227,7 @@ class Passes:
         if self._parameters is None:
             sizes = [p.numel() for p in self.shared]
             matrix = _matrix(len(self.losses), self.shared)
+            matrix[[t for t, domain in enumerate(self.domain_of) if domain is None]] = 0
             used = torch.zeros(len(self.shared), dtype=torch.int32)
             for domain in self.domains:
                 if not domain.cut.above:
@@ -280,7 +289,8 @@ def losses_of(
     inputs = [batch.input_of(task) for task in tasks]
     targets = [batch.target_of(task) for task in tasks]
     # In the order of a step, so that layers which draw at random draw the same.
-    features = {id(one): model.encode(one) for one in {id(one): one for one in inputs}.values()}
+    features = {id(one): model.encode(one) for one in {id(one): one for one in inputs if one is not None}.values()}
+    nothing = next(iter(features.values()), list(model.parameters()))
     predictions: dict[str, Any] = {}
     for key, shared in features.items():
         riders = [
@@ -290,7 +300,7 @@ def losses_of(
     sums = []
     for task, one, target in zip(tasks, inputs, targets, strict=True):
         elements = None if target is None else task.elements(predictions[task.name], target)
-        sums.append(_sums(task, elements, features[id(one)], target, shapers))
+        sums.append(_sums(task, elements, features.get(id(one), nothing), target, shapers))
     return _means(sums)
 
 

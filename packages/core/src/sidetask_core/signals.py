@@ -282,7 +282,7 @@ class Signals:
 
     def _one_domain(self) -> None:
         domains = self._passes.domains
-        if len(domains) > 1:
+        if len(domains) > 1 or len(domains[0].tasks) < len(self.tasks):
             inputs = {task.name: task.input for task in self._tasks}
             raise ValueError(
                 "gradients at the features cannot be compared between tasks with different inputs "

@@ -190,7 +190,8 @@ class Batch:
     """Inputs and labels of one step.
 
     Args:
-        inputs: a tensor (or any structure the encoder takes), or a mapping from input name to such.
+        inputs: a tensor (or any structure the encoder takes), or a mapping from input name to such. An input may be
+            left out if no task that names it has a label here.
         targets: target name to labels, ``[N, *]``. None says that the batch has no label for that task.
 
     >>> Batch(torch.zeros(2, 3), {"a": torch.ones(2)}).to("cpu").targets["a"]
@@ -209,7 +210,7 @@ class Batch:
         return Batch(tree_map_only(Tensor, move, self.inputs), tree_map_only(Tensor, move, dict(self.targets)))
 
     def input_of(self, task: Task) -> Any:
-        """The input of a task.
+        """The input of a task; None if the batch has neither that input nor a label for the task.
 
         Raises:
             MissingKey: naming the task and the inputs there are.
@@ -220,6 +221,8 @@ class Batch:
             if len(self.inputs) == 1:
                 return next(iter(self.inputs.values()))
             raise MissingKey(f"task {task.name!r} names no input, but the batch has several: {_listed(self.inputs)}")
+        if isinstance(self.inputs, Mapping) and task.input not in self.inputs and self.target_of(task) is None:
+            return None
         if not isinstance(self.inputs, Mapping) or task.input not in self.inputs:
             have = _listed(self.inputs) if isinstance(self.inputs, Mapping) else "one unnamed input"
             raise MissingKey(f"task {task.name!r} has no input {task.input!r}; the batch has: {have}")

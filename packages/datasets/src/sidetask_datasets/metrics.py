@@ -93,6 +93,36 @@ class Agreement(Metric):
         return self.right.double() / self.count
 
 
+class AbsoluteError(Metric):
+    """Mean absolute error over all elements; lower is better. In double precision, unlike torchmetrics' own.
+
+    >>> metric = AbsoluteError()
+    >>> metric.update(torch.tensor([0.5, 0.5]), torch.tensor([0.0, 0.75]))
+    >>> metric.compute()
+    tensor(0.3750, dtype=torch.float64)
+    """
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add values of one shape."""
+        self.total += (prediction.double() - target.double()).abs().sum()
+        self.count += target.numel()
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        return self.total / self.count
+
+
 DepthKind = Literal["absolute", "relative", "rmse"]
 
 

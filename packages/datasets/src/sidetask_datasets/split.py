@@ -56,6 +56,10 @@ class Split(ABC):
         """
         raise ValueError(f"a {type(self).__name__} makes new samples in every epoch; labels are for samples that stay")
 
+    def identify(self, ids: Tensor, epoch: int) -> Tensor:
+        """What tells samples of all epochs apart: the ids themselves, unless every epoch has samples of its own."""
+        return ids
+
     def __getitem__(self, indices: int | slice | Sequence[int] | Tensor) -> Batch:
         """Unaugmented samples, as a batch (of one, for a single index).
 

@@ -94,6 +94,11 @@ def distribution(name: str, primary: bool = False) -> Task:
     )
 
 
+def noise(name: str = "noise") -> Task:
+    """Noise to predict, never primary: L1; mean absolute error. See `noise.with_noise`."""
+    return Task(name, loss=losses.absolute, metrics={"absolute": metrics.AbsoluteError()}, primary=False)
+
+
 def dense(name: str, classes: int, primary: bool = True, normals_loss: str = "cosine") -> Task:
     """The task that a dense dataset has under this name: "depth", "normals", "edges"; any other is a segmentation.
 

@@ -12,7 +12,8 @@ import torch
 
 from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.augment import Augmentation
-from sidetask_datasets.dataset import Dataset, check_counts, check_seed, choose, choose_primary
+from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
+from sidetask_datasets.noise import with_noise
 from sidetask_datasets.scenes.layout import furnish
 from sidetask_datasets.scenes.render import Labels, render
 from sidetask_datasets.scenes.stream import FIRST, MEAN, STD, Recipe, SceneStream, clean
@@ -52,6 +53,7 @@ def scenes(
     samples: int = 1,
     stream: bool = False,
     normals_loss: str = "cosine",
+    noise: bool = False,
     device: torch.device | str = "cpu",
 ) -> Dataset:
     """Rooms with tables, chairs, cabinets, balls, pillars, lamps, rugs, windows, doors and pictures.
@@ -71,11 +73,12 @@ def scenes(
         samples: a pixel's colour is the mean over samples × samples rays, at about so many times the cost.
         stream: train on new scenes in every epoch, rendered batch by batch, instead of keeping `train` of them.
         normals_loss: "cosine", "l1" or "elements", see `losses`.
+        noise: add an auxiliary task "noise", see `with_noise`.
         device: where scenes are rendered and kept.
 
     Raises:
-        ValueError: for an unknown task or loss, a size that is not two positive numbers, fewer than 1 scene, or a
-            difficulty or label noise outside 0 to 1.
+        ValueError: for an unknown task or loss, a size that is not two positive numbers, fewer than 1 scene, a
+            difficulty or label noise outside 0 to 1, or a switch that is neither true nor false.
 
     >>> data = scenes(size=(12, 16), train=4, validation=2, test=2, tasks=["depth", "edges"], primary=["depth"])
     >>> batch = next(data.train.batches(4))
@@ -86,6 +89,7 @@ def scenes(
     wanted = choose_primary(primary, names)
     check_counts(train=train, validation=validation, test=test, samples=samples)
     check_seed(seed)
+    check_switches(stream=stream, noise=noise)
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size is a height and a width in pixels, found {size!r}")
     for name, value in (("difficulty", difficulty), ("label_noise", label_noise)):
@@ -97,7 +101,7 @@ def scenes(
     def kept(recipe: Recipe, split: str, count: int, augmentation: Augmentation | None = None) -> Split:
         return recipe.cook(torch.arange(FIRST[split], FIRST[split] + count, device=device), augmentation)
 
-    return Dataset(
+    data = Dataset(
         name="scenes",
         tasks=chosen,
         train=SceneStream(recipe, train, device=device) if stream else kept(recipe, "train", train, Augmentation()),
@@ -108,6 +112,7 @@ def scenes(
         input_view=View("image", mean=MEAN, std=STD),
         dense=True,
     )
+    return with_noise(data, seed) if noise else data
 
 
 OUTPUTS = {"segmentation": len(CLASSES), "parts": len(PARTS), "depth": 1, "normals": 3, "edges": 1}

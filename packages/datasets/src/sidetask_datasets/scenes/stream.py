@@ -150,10 +150,13 @@ class SceneStream(Split):
         """The same stream, rendered on `device`."""
         return SceneStream(self.recipe, self.number, self.augmentation, device)
 
+    def identify(self, ids: Tensor, epoch: int) -> Tensor:
+        """The numbers of the scenes that have these ids in this epoch."""
+        return (ids + epoch * self.number) % TRAINING
+
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
         """The scenes `ids` of this epoch."""
-        scenes = (ids + epoch * self.number) % TRAINING
-        split = self.recipe.cook(scenes, self.augmentation)
+        split = self.recipe.cook(self.identify(ids, epoch), self.augmentation)
         return split.make(torch.arange(len(ids), device=self.device), seed=seed, epoch=epoch, augment=augment)
 
 

@@ -103,19 +103,21 @@ def improvement_panels(comparison: Comparison) -> list[Panel]:
     return panels
 
 
-def weight_panels(comparison: Comparison, weights: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
-    """The weights in the encoder over the steps, one panel per row that has any."""
+def step_panels(
+    comparison: Comparison, values: Mapping[str, Mapping[str, Curve]], y: str, rule: float | None = 1.0
+) -> list[Panel]:
+    """Weights or norms, as `y` says, over the steps, one panel per row that has any; `rule` is drawn across."""
     places = {task.name: index for index, task in enumerate(comparison.tasks)}
-    for curves in weights.values():  # tasks that a method added come after the dataset's
+    for curves in values.values():  # tasks that a method added come after the dataset's
         for task in curves:
             places.setdefault(task, len(places))
     panels = []
     for row in comparison.rows:
-        if of_row := weights.get(row.name):
+        if of_row := values.get(row.name):
             pooled = max(curve.pooled for curve in of_row.values())
             x = "step" if pooled == 1 else f"step (means of {pooled}; band: least to most)"
-            draw = partial(_lines, curves=of_row, places=places, x=x, y="weight in the encoder", rule=1.0)
-            panels.append(Panel(row.name, draw, _ends_in_words("weights at the end", of_row)))
+            draw = partial(_lines, curves=of_row, places=places, x=x, y=y, rule=rule)
+            panels.append(Panel(row.name, draw, _ends_in_words(f"{y} at the end", of_row)))
     return panels
 
 

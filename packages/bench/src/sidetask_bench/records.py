@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -161,21 +161,32 @@ def validation(comparison: Comparison) -> dict[str, dict[str, Curve]]:
     )
 
 
-def weights(comparison: Comparison) -> dict[str, dict[str, Curve]]:
-    """Row to task to the weight in the encoder per step: means of equal stretches of steps, over all seeds.
+StepGroup = Literal["encoder", "decoder", "norms"]
 
-    The band is what the weights really did in a stretch: from the smallest to the largest of any step and seed. A row
-    whose rule combines gradients without weights has no task here.
+
+def steps(comparison: Comparison, group: StepGroup = "encoder") -> dict[str, dict[str, Curve]]:
+    """Row to task to a value per step: means of equal stretches of steps, over all seeds.
+
+    The band is what the values really did in a stretch: from the smallest to the largest of any step and seed.
+
+    Args:
+        comparison: whose runs recorded them.
+        group: weights in the ``"encoder"``, where a row whose rule combines gradients without weights has no task; in
+            the ``"decoder"``, where a row has none if they are all one, or those of the encoder; or ``"norms"``, the
+            gradients' norms at the features, where a row has some if its method reads them.
     """
     result: dict[str, dict[str, Curve]] = {}
     for row in comparison.rows:
         series: dict[str, list[list[float]]] = {}
         for run in row.runs:
             of_run: dict[str, list[float]] = {}
+            ones = alike = group == "decoder"
             for line in _lines(comparison.folder / run["folder"] / "weights.jsonl"):
-                for task, weight in line.get("encoder", {}).items():
-                    of_run.setdefault(task, []).append(_number(weight))
-            for task, values in of_run.items():
+                found = line.get(group, {})
+                alike, ones = alike and found == line.get("encoder"), ones and set(found.values()) == {1.0}
+                for task, value in found.items():
+                    of_run.setdefault(task, []).append(_number(value))
+            for task, values in [] if alike or ones else of_run.items():
                 series.setdefault(task, []).append(values)
         result[row.name] = {task: _pooled(values) for task, values in series.items()}
     return result

@@ -80,10 +80,13 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
             gallery = galleries.collect(comparison)
         except (ExperimentError, OSError, ValueError, LookupError) as error:
             missing = str(error)
-    weights = records.weights(comparison)
+    weights = records.steps(comparison, "encoder")
+    below, norms = records.steps(comparison, "decoder"), records.steps(comparison, "norms")
     groups = {
         "improvement": plots.improvement_panels(comparison),
-        "weights": plots.weight_panels(comparison, weights),
+        "weights": plots.step_panels(comparison, weights, "weight in the encoder"),
+        "decoders": plots.step_panels(comparison, below, "weight in the decoder"),
+        "norms": plots.step_panels(comparison, norms, "gradient norm", rule=None),
         "losses": plots.curve_panels(comparison, records.losses(comparison), lambda task: "training loss"),
         "validation": plots.curve_panels(comparison, records.validation(comparison), _headline_label),
     }
@@ -139,6 +142,8 @@ _TITLES = {
     "improvement": "relative improvement on the test split (bar: mean, whisker: ± std over seeds)",
     "weights": "weights in the encoder over training",
     "shapers": "weights of elements over training (band: ± std over seeds)",
+    "decoders": "weights in the decoders over training, where they are others",
+    "norms": "norms of the tasks' gradients at the shared features, where a method reads them",
     "losses": "training losses (band: ± std over seeds)",
     "validation": "validation metrics (band: ± std over seeds)",
 }

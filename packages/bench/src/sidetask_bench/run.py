@@ -5,7 +5,8 @@ A run's folder holds
 - ``config.yaml``: what is run;
 - ``metrics.jsonl``: per epoch the mean training losses, validation metrics and score, learning rate, seconds, and the
   weights that shapers name, such as those of classes;
-- ``weights.jsonl``: per step the losses and the weights above (encoder) and below (decoder) the cut;
+- ``weights.jsonl``: per step the losses, the weights above (encoder) and below (decoder) the cut, and the norms of the
+  gradients at it, if the method reads them;
 - ``checkpoint.pt``: everything the next step depends on; ``best.pt``: the network of the chosen epoch;
 - ``result.json``: the test metrics, written last: a run that has it is finished.
 """

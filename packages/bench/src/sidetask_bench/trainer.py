@@ -179,7 +179,10 @@ class Trainer:
 
 
 def _mean_values(reports: list[Report]) -> Values:
-    groups = [{"losses": r.losses, "encoder": r.encoder_weights, "decoder": r.decoder_weights} for r in reports]
+    groups = [
+        {"losses": r.losses, "encoder": r.encoder_weights, "decoder": r.decoder_weights, "norms": r.gradient_norms}
+        for r in reports
+    ]
     if len(groups) == 1:
         return groups[0]
     return {

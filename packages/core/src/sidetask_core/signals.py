@@ -103,6 +103,7 @@ class Signals:
         epoch: the epoch the training loop set on the step.
         part: the parameters whose gradients the rule weighs that is asked now: ``"shared"``, ``"specific"`` or
             ``"all"``, by the slots it fills.
+        read_norms: what `norms` was asked for in this step, by place.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Signals:
         self._tasks = tuple(tasks)
         self._passes = passes
         self._gramians: dict[str, Tensor] = {}
+        self.read_norms: dict[str, Tensor] = {}
         self._progress = functools.cache(recall.progress)
         self._recall = recall
         self._lookahead = lookahead
@@ -184,9 +186,14 @@ class Signals:
 
     def norms(self, at: Place) -> Tensor:
         """Norm of every task's gradient ``[T]``, at the shared features or over the shared parameters."""
+        if _place(at) not in self.read_norms:
+            self.read_norms[at] = self._norms(at)
+        return self.read_norms[at]
+
+    def _norms(self, at: Place) -> Tensor:
         if at in self._gramians:
             return self._gramians[at].diagonal().sqrt()
-        if _place(at) == "parameters":
+        if at == "parameters":
             return self._finite(torch.linalg.vector_norm(self.gradients(at), dim=1))
         norms = list(torch.zeros_like(self.losses))
         for domain in self._passes.domains:
@@ -195,6 +202,27 @@ class Signals:
             for t, norm in zip(domain.tasks, of_domain, strict=True):
                 norms[t] = norm
         return self._finite(parallel.add(torch.stack(norms).square()).sqrt())
+
+    def norm_of_sum(self, weights: Tensor, at: Place) -> Tensor:
+        """Norm of the tasks' gradients' weighted sum (0-dim), at the shared features or over the shared parameters.
+
+        Tasks with different inputs have different features; the sum is over all of them.
+
+        Args:
+            weights: of the tasks ``[T]``; it may be their boolean mask.
+            at: as in `norms`.
+        """
+        if _place(at) == "parameters":
+            gradients = self.gradients(at)
+            return self._finite(torch.linalg.vector_norm(weights.to(gradients) @ gradients))
+        total = torch.zeros_like(self.losses[0])
+        for domain in self._passes.domains:
+            self._need_features(domain.cut.below)
+            gradients = self._passes.feature_gradients(domain)
+            # Indexing by a list would wait for the device.
+            of_domain = torch.stack([weights[t] for t in domain.tasks]).to(gradients) @ gradients
+            total = total + torch.linalg.vector_norm(of_domain).square().to(total)
+        return self._finite(parallel.add(total).sqrt())
 
     def gramian(self, at: Place) -> Tensor:
         """Inner products of the tasks' gradients ``[T, T]``, at the shared features or over the shared parameters.

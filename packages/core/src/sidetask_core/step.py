@@ -42,11 +42,13 @@ class Report:
         decoder_weights: weights of the task-specific gradients.
         encoder_weights: weights of the shared gradients; empty under a Combiner, which has none. NaN in a step
             that a GradScaler is going to skip.
+        gradient_norms: norms of the unweighted gradients at the shared features, if a rule read them; empty otherwise.
     """
 
     losses: dict[str, Tensor]
     decoder_weights: dict[str, Tensor]
     encoder_weights: dict[str, Tensor]
+    gradient_norms: dict[str, Tensor]
 
 
 class _Finite:
@@ -248,6 +250,7 @@ class Step(nn.Module):
             losses=self._by_name(signals.losses),
             decoder_weights=self._by_name(weights.decoder),
             encoder_weights=self._by_name(weights.encoder) if weights.combined is None else {},
+            gradient_norms=self._by_name(norms) if (norms := signals.read_norms.get("features")) is not None else {},
         )
 
     def _keep_trail(self, passes: Passes, ambient: torch.autocast, optimizer: torch.optim.Optimizer | None) -> None:

@@ -7,6 +7,7 @@ does not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from sidetask_core import Batch
 from torch import Tensor
 
 from sidetask_datasets import draws, tasks
+from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_seed
 from sidetask_datasets.split import Split
 from sidetask_datasets.view import View
@@ -88,6 +90,14 @@ class NoisySplit(Split):
     def identify(self, ids: Tensor, epoch: int) -> Tensor:
         """What tells the samples of the split apart."""
         return self.split.identify(ids, epoch)
+
+    def with_targets(self, targets: Mapping[str, Column]) -> NoisySplit:
+        """The same samples and noise, with further targets."""
+        return NoisySplit(self.split.with_targets(targets), self.key)
+
+    def checksum(self) -> int:
+        """That of the split, for noise is no input."""
+        return self.split.checksum()
 
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
         """The samples `ids` of the split, with noise of their inputs' size."""

@@ -365,7 +365,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--setting", choices=["dense", "classification"], help="only one of the two")
-    parser.add_argument("--methods", nargs="+", default=[], help="only rows with one of these texts in their name")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        help="only rows with one of these texts in their name; written to a file of their own",
+    )
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="only our own methods")
     parser.add_argument("--write", action="store_true", help="write the figures to benchmarks/results/")
     options = parser.parse_args()
@@ -386,7 +391,8 @@ def main() -> None:
         print(text, flush=True)
         if options.write:
             device = "cpu" if on_cpu else name.lower().replace(" ", "-")
-            stem = Path(__file__).parent / "results" / f"step_cost-{device}-{build.__name__}"
+            some = "".join(f"-{text.replace(' ', '-')}" for text in options.methods)
+            stem = Path(__file__).parent / "results" / f"step_cost-{device}-{build.__name__}{some}"
             stem.parent.mkdir(exist_ok=True)
             stem.with_suffix(".md").write_text(text)
             stem.with_suffix(".json").write_text(json.dumps({"where": head} | measured, indent=1) + "\n")

@@ -371,9 +371,9 @@ def test_no_comparison(tmp_path):
 @pytest.mark.parametrize("means", [[0.0, -2426.7], [12.3, -98.7], [0.0, 31.4]], ids=str)
 def test_numbers_beside_bars_stay_inside_the_axes(tmp_path, means):
     make(tmp_path)
-    rows = records.load(tmp_path).rows[: len(means)]
+    names = [row.name for row in records.load(tmp_path).rows[: len(means)]]
     bars = [plots.Bar(mean, abs(mean)) for mean in means]
-    draw = partial(plots._bars, rows=rows, bars=bars, label="improvement")
+    draw = partial(plots._bars, names=names, bars=bars, label="improvement")
     figure = Figure(figsize=plots.PANEL, dpi=plots.DPI)
     ax = plots._place(figure, plots.Panel("", draw, "", 1.6, 0.15), 0, 0, top=0.04)
     ax.autoscale_view()

@@ -119,11 +119,12 @@ class Setting:
     optimizer: torch.optim.SGD
 
 
-def dense(device: str) -> Setting:
+def dense(device: str, images: int | None = None) -> Setting:
     """Three dense tasks on the ResNet-18 DeepLabV3 of `sidetask_bench`, with narrower heads."""
     from sidetask_datasets import tasks as kinds
 
-    size, images = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
+    size, usual = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
+    images = images or usual
     tasks = [kinds.segmentation("segmentation", 13), kinds.depth(primary=False), kinds.normals(primary=False)]
     heads = {t.name: AtrousHead(512, c, size, width=144) for t, c in zip(tasks, (13, 1, 3), strict=True)}
     stages = resnet_stages(18)
@@ -139,11 +140,12 @@ def dense(device: str) -> Setting:
     return prepared("T = 3, dense", tasks, SplitModel.from_stages(stages, len(stages), heads), batch, device)
 
 
-def classification(device: str) -> Setting:
+def classification(device: str, images: int | None = None) -> Setting:
     """Twenty classification tasks with two-layer heads on a ResNet-18."""
     from sidetask_datasets import tasks as kinds
 
-    size, images = ((64, 64), 8) if device == "cpu" else ((224, 224), 64)
+    size, usual = ((64, 64), 8) if device == "cpu" else ((224, 224), 64)
+    images = images or usual
     tasks = [kinds.classification(f"task{i:02}", 5, primary=i == 0) for i in range(20)]
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     heads = {t.name: nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 5)) for t in tasks}

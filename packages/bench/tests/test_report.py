@@ -313,7 +313,9 @@ def test_decoder_weights_and_norms_are_drawn_where_they_say_something(tmp_path):
     assert "<h2>Gradient norms</h2>" in text
     assert "<h2>Weights in the decoders</h2>" in text
     for name in ("decoders", "norms"):
-        assert (tmp_path / "pictures" / f"{name}.png").is_file()
+        with Image.open(tmp_path / "pictures" / f"{name}.png") as image:
+            # One panel, and two lines of title above it.
+            assert image.size == pytest.approx((plots.PANEL[0] * plots.DPI, (plots.PANEL[1] + 0.6) * plots.DPI), abs=2)
 
 
 def test_decoder_weights_that_are_the_encoders_are_not_drawn_twice(tmp_path):

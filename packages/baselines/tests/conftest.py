@@ -103,5 +103,5 @@ def kind(request):
 
 @pytest.fixture
 def matrices(kind):
-    """Ten matrices of one kind ``[T, 50]``."""
-    return [_sample(*kind, seed) for seed in range(10)]
+    """Eight matrices of one kind ``[T, 50]``."""
+    return [_sample(*kind, seed) for seed in range(8)]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sidetask_baselines import DWA, MGDA, RLW, CAGrad, GradDrop, PCGrad, SolverFailure, Uncertainty
+from sidetask_baselines import DWA, MGDA, RLW, CAGrad, GradDrop, PCGrad, SolverFailure
 from sidetask_baselines.graddrop import pick_sign
 from sidetask_core import Batch, Method, MissingKey, SplitModel, Step, Task, plugins
 from sidetask_core.testing import batches, problem, squared, tiny_tasks, train
@@ -38,32 +38,6 @@ def test_entry_points_are_found_and_known_to_core():
     needed = {"fixed": {"weights": dict.fromkeys("abc", 1.0)}, "torchjd": {"aggregator": "UPGrad"}}
     for name in names:
         assert isinstance(plugins.make_method({"name": name, **needed.get(name, {})}, TASKS), Method)
-
-
-def test_uncertainty_settles_where_the_variance_is_the_loss(given):
-    rule = Uncertainty(TASKS).double()
-    signals = given((0.1, 2.0, 30.0))
-    optimizer = torch.optim.LBFGS(rule.parameters(), max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = rule.objective(signals)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    torch.testing.assert_close(rule.log_variance.exp(), signals.losses, rtol=1e-6, atol=0)
-
-
-def test_uncertainty_trains_network_and_variances_on_one_objective():
-    tasks, model, (batch, *_) = tiny_tasks(), problem(), batches(1)
-    rule = Uncertainty(tasks).double()
-    Step(model, tasks, Method(encoder=rule)).backward(batch)
-    losses = torch.stack([squared(p, batch.targets[n]).mean() for n, p in model(batch.inputs).items()])
-    objective = (losses / (2 * rule.log_variance.exp()) + rule.log_variance / 2).sum()
-    everything = [*model.parameters(), rule.log_variance]
-    for p, expected in zip(everything, torch.autograd.grad(objective, everything), strict=True):
-        torch.testing.assert_close(p.grad, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_dwa_by_hand(given):
@@ -101,13 +75,6 @@ def test_dwa_averages_over_the_steps_with_labels(given):
             losses = (2.0, 3.0 if has else 0.0, 1.0)
             weights = rule(given(losses, epoch=epoch, labelled=(True, bool(has), True)))
     torch.testing.assert_close(weights, torch.ones(3, dtype=torch.float64))
-
-
-def test_uncertainty_of_a_task_without_labels_stays(given):
-    rule = Uncertainty(TASKS)
-    rule.objective(given((1.0, 0.0, 1.0), labelled=(True, False, True))).backward()
-    assert rule.log_variance.grad[1] == 0
-    assert rule.log_variance.grad[0] != 0
 
 
 ALIKE = {*LOSSES, *GRADIENTS, "imtl", "equal"} - {"rlw", "pcgrad"}

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import sidetask_datasets
 import torch
-from sidetask_bench.networks import deeplabv3, small
+from sidetask_bench.networks import deeplabv3, small, unet
 from sidetask_bench.networks.resnet import AtrousHead, resnet_stages
 from sidetask_core import Batch, Step, Task
 from torch import nn
@@ -44,6 +44,25 @@ def test_deeplab_predicts_at_the_size_of_the_image_at_every_cut(cut):
     shape = (3, 36, 44)
     model = deeplabv3(stub(PAIR, shape), cut=cut, depth=18)
     assert shapes(model, shape) == {name: (2, n, *shape[1:]) for name, n in PAIR.items()}
+
+
+@pytest.mark.parametrize("cut", range(4))
+def test_unet_predicts_at_the_size_of_the_image_at_every_cut(cut):
+    for shape in ((3, 33, 47), (1, 4, 4)):
+        model = unet(stub(PAIR, shape), cut=cut, widths=(4, 6, 8))
+        assert shapes(model, shape) == {name: (2, n, *shape[1:]) for name, n in PAIR.items()}
+        assert len(model.shared) == cut
+
+
+def test_unet_refuses_what_it_cannot_be():
+    with pytest.raises(ValueError, match="3 stages halve an image of 3×8 too often"):
+        unet(stub(PAIR, (3, 3, 8)), widths=(4, 6, 8))
+    with pytest.raises(ValueError, match="widths must be positive"):
+        unet(stub(PAIR), widths=())
+    with pytest.raises(ValueError, match="labels per image"):
+        unet(stub(LABELS, (1, 36, 36), dense=False))
+    with pytest.raises(ValueError, match=r"cut must be in 0\.\.3"):
+        unet(stub(PAIR), widths=(4, 6, 8), cut=4)
 
 
 @pytest.mark.parametrize("make", [small, lambda data, **options: deeplabv3(data, depth=18, **options)])

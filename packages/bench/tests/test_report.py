@@ -1,12 +1,14 @@
 import itertools
 import json
 import re
+from functools import partial
 from html.parser import HTMLParser
 from statistics import fmean, stdev
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from sidetask_bench import plots, records, report, tables
 from sidetask_bench.gallery import Gallery, Legend, Picture, Strip
@@ -19,7 +21,7 @@ TASKS = {
 HOSTILE = "<script>alert(1)</script>"
 
 
-def make(folder, rows=("single", "equal", "pcgrad"), seeds=(0, 1, 2), steps=450, epochs=5, combiners=()):
+def make(folder, rows=("single", "equal", "pcgrad"), seeds=(0, 1, 2), steps=450, epochs=5, combiners=(), impartial=()):
     """A comparison's folder, as if trained, and its summary."""
     generator = np.random.default_rng(0)
     summary = []
@@ -50,7 +52,8 @@ def make(folder, rows=("single", "equal", "pcgrad"), seeds=(0, 1, 2), steps=450,
                     "epoch": 0,
                     "losses": dict.fromkeys(TASKS, 1.0),
                     "encoder": {task: w + 0.2 * float(generator.random()) for task, w in encoder.items()},
-                    "decoder": {},
+                    "decoder": dict.fromkeys(TASKS, 2.0 + step / steps if row in impartial else 1.0),
+                    "norms": dict.fromkeys(TASKS, 0.1 + step) if row in impartial else {},
                 }
                 for step in range(steps)
             ]
@@ -296,9 +299,38 @@ def test_gaps_become_dashes(tmp_path):
     assert not (tmp_path / "pictures" / "gallery.png").exists()
 
 
+def test_decoder_weights_and_norms_are_drawn_where_they_say_something(tmp_path):
+    make(tmp_path, rows=("equal", "pcgrad", "ial"), seeds=(0, 1), steps=20, combiners=("pcgrad",), impartial=("ial",))
+    comparison = records.load(tmp_path)
+    for group, first in (("decoder", 2.0), ("norms", 0.1)):
+        found = records.steps(comparison, group)
+        assert [row for row, curves in found.items() if curves] == ["ial"], group
+        curve = found["ial"]["depth"]
+        assert len(curve.x) == 20
+        assert curve.mean[0] == pytest.approx(first)
+        assert (np.diff(curve.mean) > 0).all()
+    text = report.write(tmp_path, pictures()).read_text(encoding="utf-8")
+    assert "<h2>Gradient norms</h2>" in text
+    assert "<h2>Weights in the decoders</h2>" in text
+    for name in ("decoders", "norms"):
+        assert (tmp_path / "pictures" / f"{name}.png").is_file()
+
+
+def test_decoder_weights_that_are_the_encoders_are_not_drawn_twice(tmp_path):
+    data = make(tmp_path, rows=("equal", "uncertainty"), seeds=(0,), steps=5, impartial=("uncertainty",))
+    for run in data["rows"][1]["runs"]:
+        path = tmp_path / run["folder"] / "weights.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("\n".join(json.dumps(line | {"encoder": line["decoder"], "norms": {}}) for line in lines))
+    text = report.write(tmp_path, pictures()).read_text(encoding="utf-8")
+    assert "Weights in the decoders" not in text
+    assert "Gradient norms" not in text
+    assert not (tmp_path / "pictures" / "decoders.png").exists()
+
+
 def test_weights_keep_their_mean_and_their_extremes(tmp_path):
     data = make(tmp_path, steps=450)
-    curve = records.weights(records.load(tmp_path))["equal"]["depth"]
+    curve = records.steps(records.load(tmp_path))["equal"]["depth"]
     raw = []
     for run in data["rows"][1]["runs"]:
         lines = (tmp_path / run["folder"] / "weights.jsonl").read_text().splitlines()
@@ -334,6 +366,21 @@ def test_a_comparison_that_lacks_something(tmp_path, change, message):
 def test_no_comparison(tmp_path):
     with pytest.raises(FileNotFoundError, match="sidetask compare"):
         report.write(tmp_path)
+
+
+@pytest.mark.parametrize("means", [[0.0, -2426.7], [12.3, -98.7], [0.0, 31.4]], ids=str)
+def test_numbers_beside_bars_stay_inside_the_axes(tmp_path, means):
+    make(tmp_path)
+    rows = records.load(tmp_path).rows[: len(means)]
+    bars = [plots.Bar(mean, abs(mean)) for mean in means]
+    draw = partial(plots._bars, rows=rows, bars=bars, label="improvement")
+    figure = Figure(figsize=plots.PANEL, dpi=plots.DPI)
+    ax = plots._place(figure, plots.Panel("", draw, "", 1.6, 0.15), 0, 0, top=0.04)
+    ax.autoscale_view()
+    whole = ax.get_window_extent()
+    assert len(ax.texts) == len(bars)
+    for text in ax.texts:
+        assert whole.x0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= whole.x1
 
 
 def test_spread_keeps_order_and_distance():

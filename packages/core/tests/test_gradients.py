@@ -344,3 +344,64 @@ def test_a_parameter_no_process_reaches_keeps_no_gradient():
     assert whole["shared.unused.weight"]
     assert not whole["heads.c.late.weight"]
     assert in_two_processes(unused_share) == [whole, whole]
+
+
+class Sums(Weighting):
+    """Keeps the norms of one weighted sum and of its terms."""
+
+    weights = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)
+
+    def forward(self, signals):
+        places = ("features", "parameters")
+        self.found = [signals.norm_of_sum(self.weights, at) for at in places]
+        self.norms = [signals.norms(at) for at in places]
+        return self.found[0] / self.norms[0] + self.found[1]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_norm_of_a_weighted_sum(apart):
+    """With inputs of their own, a sum at the features is over all features."""
+    tasks, model, (batch, *_) = tasks_of(), problem(), batches(1)
+    if apart:
+        tasks = [Task(n, squared, input="left" if n == "b" else "right") for n in NAMES]
+        batch = Batch({"left": batch.inputs, "right": -batch.inputs}, batch.targets)
+    rule = Sums(tasks)
+    Step(model, tasks, Method(encoder=rule)).backward(batch)
+    inputs = {id(x): x for x in map(batch.input_of, tasks)}
+    features = {key: model.encode(x) for key, x in inputs.items()}
+    shared = model.shared_parameters()
+    losses = [
+        squared(model.decode(features[id(batch.input_of(t))], [t.name])[t.name], batch.target_of(t)).mean()
+        for t in tasks
+    ]
+    for i, (at, wanted) in enumerate({"features": [*features.values()], "parameters": shared}.items()):
+        rows = []
+        for loss in losses:
+            grads = torch.autograd.grad(loss, wanted, retain_graph=True, materialize_grads=True)
+            rows.append(torch.cat([g.flatten() for g in grads]))
+        matrix = torch.stack(rows)
+        torch.testing.assert_close(rule.found[i], (rule.weights @ matrix).norm(), msg=at)
+        torch.testing.assert_close(rule.norms[i], matrix.norm(dim=1), msg=at)
+
+
+def sums_of_a_share(rank, world):
+    tasks, (batch, *_) = tasks_of(), batches(1)
+    share = Batch(batch.inputs[rank::world], {n: y[rank::world] for n, y in batch.targets.items()})
+    rule = Sums(tasks)
+    Step(problem(), tasks, Method(encoder=rule)).backward(share)
+    return torch.stack(rule.found)
+
+
+def test_the_norm_of_a_weighted_sum_in_two_processes():
+    whole = sums_of_a_share(0, 1)
+    for half in in_two_processes(sums_of_a_share):
+        torch.testing.assert_close(half, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_are_reported_if_a_rule_read_them(kind):
+    tasks, model, (batch, *_) = tasks_of(), problem(), batches(1)
+    report = Step(model, tasks, Method() if kind is None else Method(encoder=Reads(tasks, kind))).backward(batch)
+    assert list(report.gradient_norms) == (list(NAMES) if kind == "norms" else [])
+    for name, norm in report.gradient_norms.items():
+        torch.testing.assert_close(report.encoder_weights[name], 1 / norm)

@@ -494,14 +494,15 @@ def test_two_processes_look_as_one(mode, rtol):
 
 
 class LookingBack(Weighting):
-    """Looks back at the weights of the step before."""
+    """Looks back at the weights of the step before, in each n-th step."""
 
-    def __init__(self, tasks, **how):
+    def __init__(self, tasks, every=1, **how):
         super().__init__(tasks)
-        self.how, self.found = how, []
+        self.every, self.how, self.found = every, how, []
 
     def forward(self, signals):
-        self.found.append(signals.hindsight(**self.how))
+        if signals.iteration % self.every == 0:
+            self.found.append(signals.hindsight(**self.how))
         return WEIGHTS.to(signals.losses)
 
 
@@ -581,10 +582,11 @@ def test_hindsight_leaves_the_step_and_the_world_alone():
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
 
 
-def test_hindsight_survives_a_resume(tmp_path):
+@pytest.mark.parametrize("every", [1, 3])
+def test_hindsight_survives_a_resume(tmp_path, every):
     def start():
         tasks, model = tiny_tasks(), noisy()
-        rule = LookingBack(tasks)
+        rule = LookingBack(tasks, every)
         step, optimizer = Step(model, tasks, Method(encoder=rule)), sgd(model.parameters(), momentum=0.9)
         torch.manual_seed(5)
         return step, optimizer, rule
@@ -595,19 +597,21 @@ def test_hindsight_survives_a_resume(tmp_path):
             step.backward(batch, optimizer=optimizer)
             optimizer.step()
 
-    data = batches(4)
+    data = batches(7)
     whole, optimizer, rule = start()
     go(whole, optimizer, data)
-    half, half_optimizer, _ = start()
-    go(half, half_optimizer, data[:2])
+    half, half_optimizer, its_first = start()
+    # One step before the last that is asked about, which has to be kept before anything is asked again.
+    go(half, half_optimizer, data[:5])
     torch.save([half.state_dict(), half_optimizer.state_dict(), torch.get_rng_state()], tmp_path / "state.pt")
     resumed, resumed_optimizer, its_rule = start()
     state, optimizer_state, random = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed.load_state_dict(state)
     resumed_optimizer.load_state_dict(optimizer_state)
     torch.set_rng_state(random)
-    go(resumed, resumed_optimizer, data[2:])
-    for found, expected in zip(its_rule.found, rule.found[2:], strict=True):
+    go(resumed, resumed_optimizer, data[5:])
+    assert its_rule.found
+    for found, expected in zip(its_rule.found, rule.found[len(its_first.found) :], strict=True):
         assert torch.equal(found, expected)
 
 

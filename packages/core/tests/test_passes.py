@@ -70,6 +70,7 @@ CHEAP = {
     "nothing": lambda s: None,
     "losses": lambda s: s.losses,
     "norms": lambda s: s.norms("features"),
+    "norm of sum": lambda s: (s.norm_of_sum(s.losses, "features"), s.norms("features")),
     "gramian": lambda s: (s.gramian("features"), s.norms("features"), s.gramian("features")),
     "gradients": lambda s: (s.gradients("features"), s.gramian("features")),
 }

@@ -25,6 +25,11 @@ def copies(tasks):
     return Method(augment=augment, encoder=Equal(augment.extended(tasks)))
 
 
+def whole(tasks, weight=0.5):
+    rule = Fixed(tasks, dict.fromkeys((t.name for t in tasks), weight))
+    return Method(encoder=rule, decoder=rule)
+
+
 def broken(tasks):
     return "not a method"
 
@@ -44,13 +49,14 @@ def point(name, value, distribution):
 @pytest.fixture
 def offers(monkeypatch):
     points = [point("halves", "halves", "mine"), point("plain", "encoder_only", "mine"), point("odd", "broken", "mine")]
+    points.append(point("whole", "whole", "mine"))
     monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == "sidetask.methods" else [])
     monkeypatch.setattr(EntryPoint, "load", lambda self: globals()[self.value.split(":")[1]])
     return points
 
 
 def test_what_is_installed(offers):
-    assert plugins.installed("methods") == {"halves": "mine", "odd": "mine", "plain": "mine"}
+    assert plugins.installed("methods") == {"halves": "mine", "odd": "mine", "plain": "mine", "whole": "mine"}
     assert plugins.installed("networks") == {}
     assert plugins.find("methods", "halves") is halves
 
@@ -71,7 +77,9 @@ def test_a_known_name_that_is_not_installed(offers, group, name, distribution):
 
 
 def test_an_unknown_name(offers):
-    with pytest.raises(MissingKey, match=r"method 'halvs'; did you mean 'halves'. installed are: halves, odd, plain"):
+    with pytest.raises(
+        MissingKey, match=r"method 'halvs'; did you mean 'halves'. installed are: halves, odd, plain, whole"
+    ):
         plugins.find("methods", "halvs")
     with pytest.raises(ValueError, match="the groups are: methods, datasets, networks; not 'optimizers'"):
         plugins.find("optimizers", "sgd")
@@ -109,6 +117,14 @@ def test_rules_beside_an_augment_weigh_its_tasks_too(offers):
         ValueError, match="encoder 'copies' weighs the tasks a, b, c, copy, but there are a, b, c; name"
     ):
         plugins.make_method({"encoder": "copies", "decoder": "halves"}, tasks)
+
+
+def test_slots_that_are_given_alike_share_their_rules(offers):
+    tasks = tiny_tasks()
+    both = plugins.make_method({"encoder": "whole", "decoder": {"name": "whole"}}, tasks)
+    assert both.encoder is both.decoder
+    other = plugins.make_method({"encoder": "whole", "decoder": {"name": "whole", "weight": 2.0}}, tasks)
+    assert other.encoder is not other.decoder
 
 
 def test_specs_that_cannot_be_built(offers):

@@ -84,6 +84,17 @@ def test_losses_and_metrics_take_what_was_read(tree):
         assert data.views[task.name].image(batch.target_of(task)[0]).shape == (*SIZE, 3)
 
 
+def test_a_noise_task_joins_them(tree):
+    plain, noisy = frames(tree[0], validation=1), frames(tree[0], validation=1, noise=True)
+    assert [(task.name, task.primary) for task in noisy.tasks][3:] == [("noise", False)]
+    maps = [getattr(noisy, split)[0].targets["noise"] for split in ("train", "validation", "test")]
+    assert {tuple(found.shape) for found in maps} == {(1, 1, *SIZE)}
+    assert len({found.sum().item() for found in maps}) == 3
+    assert torch.equal(noisy.train[0].targets["depth"], plain.train[0].targets["depth"])
+    assert torch.equal(frames(tree[0], validation=1, noise=True, seed=0).train[0].targets["noise"], maps[0])
+    assert not torch.equal(frames(tree[0], validation=1, noise=True, seed=1).train[0].targets["noise"], maps[0])
+
+
 def test_only_the_folders_asked_for_are_read(tree):
     root, _ = tree
     for path in (root / "normal").iterdir():
@@ -239,6 +250,7 @@ def test_ids_are_read_in_order(tmp_path):
         ({"size": (3,)}, "size is a height and a width"),
         ({"validation": 0}, "validation is a number of samples"),
         ({"primary": ["flow"]}, "unknown primary task 'flow'"),
+        ({"noise": "off"}, "noise is true or false, found 'off'"),
     ],
 )
 def test_wrong_options_are_named(tree, options, message):

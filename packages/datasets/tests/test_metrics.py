@@ -37,7 +37,9 @@ CASES = {
     "median angle": (metrics.MedianAngle(), random(COUNT, 3, 3, 4), directions()),
     "within": (metrics.WithinAngle(60.0), random(COUNT, 3, 3, 4), directions()),
     "odsF": (metrics.EdgeF(), random(COUNT, 1, 3, 4), integers(-1, 2, COUNT, 1, 3, 4)),
+    "noise": (metrics.AbsoluteError(), random(COUNT, 1, 3, 4), random(COUNT, 1, 3, 4)),
 }
+EVERYTHING_LABELLED = {"noise"}
 
 
 @pytest.fixture(params=CASES)
@@ -64,8 +66,9 @@ def test_batch_size_and_order_change_nothing(case, size):
     assert value(metric, prediction[order], target[order], size) == pytest.approx(whole, rel=1e-12)
 
 
-def test_unlabelled_elements_change_nothing(case):
-    metric, prediction, target = case
+@pytest.mark.parametrize("name", [name for name in CASES if name not in EVERYTHING_LABELLED])
+def test_unlabelled_elements_change_nothing(name):
+    metric, prediction, target = CASES[name]
     whole = value(metric, prediction, target)
     nothing = torch.zeros_like(target) if target.is_floating_point() else torch.full_like(target, -1)
     more = torch.cat([prediction, 100 * random(*prediction.shape)])
@@ -99,12 +102,12 @@ def test_half_precision_predictions_are_taken(case):
 def test_metrics_say_which_way_is_better(case):
     metric, _, _ = case
     assert metric.higher_is_better is (
-        not isinstance(metric, metrics.DepthError | metrics.MeanAngle | metrics.MedianAngle)
+        not isinstance(metric, metrics.AbsoluteError | metrics.DepthError | metrics.MeanAngle | metrics.MedianAngle)
     )
     assert metric.full_state_update is False
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "accuracy" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if "accuracy" not in name and name not in EVERYTHING_LABELLED])
 def test_nothing_labelled_is_not_a_number(name):
     metric, prediction, target = CASES[name]
     nothing = torch.zeros_like(target) if target.is_floating_point() else torch.full_like(target, -1)
@@ -131,6 +134,12 @@ def test_segmentation_metrics_agree_with_sklearn_and_torchmetrics():
     theirs = torchmetrics.classification.MulticlassJaccardIndex(6, ignore_index=-1)
     assert found == pytest.approx(theirs(prediction, target).item())
     assert value(metrics.accuracy(6), prediction, target) == pytest.approx(accuracy_score(truth, guess))
+
+
+def test_absolute_errors_agree_with_sklearn():
+    metric, prediction, target = CASES["noise"]
+    expected = mean_absolute_error(target.double().flatten(), prediction.double().flatten())
+    assert value(metric, prediction, target) == pytest.approx(expected, rel=1e-12)
 
 
 def test_depth_errors_agree_with_sklearn():

@@ -126,6 +126,27 @@ def test_only_training_labels_are_noisy_and_splits_share_no_room():
     assert not torch.equal(images[1], images[2])
 
 
+def test_random_classes_take_half_of_the_training_pixels_and_say_nothing():
+    options = {"size": SIZE, "train": 40, "validation": 4, "test": 4, "tasks": ("segmentation", "depth")}
+    plain, random = scenes(**options), scenes(**options, random_classes=4)
+    for split in ("validation", "test"):
+        one, other = getattr(plain, split), getattr(random, split)
+        assert torch.equal(one.targets["segmentation"].data, other.targets["segmentation"].data)
+    assert torch.equal(plain.train.inputs.data, random.train.inputs.data)
+    assert torch.equal(plain.train.targets["depth"].data, random.train.targets["depth"].data)
+    a, b = plain.train.targets["segmentation"].data, random.train.targets["segmentation"].data
+    known = b < len(CLASSES)
+    assert torch.equal(a[known], b[known])
+    assert known.float().mean().item() == pytest.approx(0.5, abs=0.02)
+    for c in range(4):
+        there = b == len(CLASSES) + c
+        assert there.float().mean().item() == pytest.approx(1 / 8, abs=0.02)
+        for true in a.unique()[:3]:
+            assert there[a == true].float().mean().item() == pytest.approx(1 / 8, abs=0.04)
+    assert random.outputs["segmentation"] == len(random.views["segmentation"].classes) == len(CLASSES) + 4
+    assert random.views["segmentation"].classes[-1] == "random 4"
+
+
 def test_it_is_a_dataset_of_dense_tasks():
     names = ("segmentation", "parts", "depth", "normals", "edges")
     data = scenes(size=SIZE, train=4, validation=3, test=2, tasks=names, primary=["depth"])
@@ -186,6 +207,7 @@ def test_dice_do_not_run_out_in_silence():
         ({"size": (0, 4)}, "size is a height and a width"),
         ({"difficulty": 1.5}, "difficulty is between 0 and 1, found 1.5"),
         ({"label_noise": -0.1}, "label_noise is between 0 and 1, found -0.1"),
+        ({"random_classes": -1}, "random_classes is a number of classes"),
         ({"samples": 0}, "samples is a number of samples"),
         ({"normals_loss": "l2", "tasks": ["normals"]}, "unknown loss of normals 'l2'"),
         ({"validation": 0}, "validation is a number of samples"),

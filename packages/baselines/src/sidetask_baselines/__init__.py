@@ -1,6 +1,6 @@
 """Every weighting and combiner that the papers compare with, one file each."""
 
-from sidetask_core import Equal, Fixed
+from sidetask_core import Equal, Fixed, Uncertainty
 
 from sidetask_baselines.aligned_mtl import AlignedMTL
 from sidetask_baselines.atw import ATW
@@ -22,7 +22,6 @@ from sidetask_baselines.per_objective_uncertainty import PerObjectiveUncertainty
 from sidetask_baselines.puw import PUW
 from sidetask_baselines.rlw import RLW
 from sidetask_baselines.simplex import SolverFailure
-from sidetask_baselines.uncertainty import Uncertainty
 
 __all__ = [
     "ATW",

@@ -3,6 +3,7 @@
 from sidetask_bench.compare import compare
 from sidetask_bench.config import Experiment, RunConfig, Training, load_experiment
 from sidetask_bench.evaluate import evaluate, score
+from sidetask_bench.label import label
 from sidetask_bench.run import load_run, train
 from sidetask_bench.schema import ExperimentError
 
@@ -13,6 +14,7 @@ __all__ = [
     "Training",
     "compare",
     "evaluate",
+    "label",
     "load_experiment",
     "load_run",
     "score",

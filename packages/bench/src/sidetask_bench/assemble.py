@@ -24,7 +24,7 @@ def make_dataset(plugin: Plugin) -> Dataset:
     Raises:
         ExperimentError: for an unknown name or option, or what the factory objects to.
     """
-    with _blaming("dataset", plugin.name):
+    with blaming("dataset", plugin.name):
         factory = plugins.find("datasets", plugin.name)
         _check_options(factory, plugin, "dataset", given=0)
         if "device" in plugin.options:
@@ -42,11 +42,11 @@ def make_step(config: RunConfig, dataset: Dataset) -> Step:
         ExperimentError: for an unknown name or option, or what a factory objects to.
     """
     torch.manual_seed(config.seed)
-    with _blaming("network", config.network.name):
+    with blaming("network", config.network.name):
         factory = plugins.find("networks", config.network.name)
         _check_options(factory, config.network, "network", given=1)
         model: SplitModel = factory(dataset, **config.network.options)
-    with _blaming("method", config.method):
+    with blaming("method", config.method):
         method = plugins.make_method(config.method, dataset.tasks)
         step = Step(model, dataset.tasks, method)
         for module in step.modules():
@@ -56,7 +56,8 @@ def make_step(config: RunConfig, dataset: Dataset) -> Step:
 
 
 @contextlib.contextmanager
-def _blaming(what: str, name: Any) -> Iterator[None]:
+def blaming(what: str, name: Any) -> Iterator[None]:
+    """Turn what a plug-in objects to into an ExperimentError that says whose it is."""
     try:
         yield
     except (ValueError, TypeError, LookupError, OSError, ImportError, OverflowError, RuntimeError) as error:

@@ -17,6 +17,7 @@ from sidetask_core import StepFailure, parallel, plugins
 from sidetask_bench import document, tables
 from sidetask_bench.compare import compare as run_comparison
 from sidetask_bench.config import Experiment, load_experiment
+from sidetask_bench.label import label as write_labels
 from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_bench.run import train as run_training
 from sidetask_bench.runtime import cores, processes
@@ -127,6 +128,24 @@ def demo(
         failed |= _compare(load_experiment(name), runs / name, at_once, overwrite, command, _console())
     if failed:
         raise typer.Exit(1)
+
+
+@app.command("label")
+@_reported
+def label_images(
+    run: Annotated[Path, typer.Argument(help="The folder of the run that labels.")],
+    folder: Annotated[Path, typer.Argument(help="Gets the labels of each split.")],
+    task: Annotated[str, typer.Option(help="Whose class probabilities are the labels.")],
+    of: Annotated[str | None, typer.Option(help="Label the images of this experiment, not the run's own.")] = None,
+    assignments: Assignments = None,
+    kind: Annotated[str, typer.Option(help="segmentation, soft or tokens.")] = "segmentation",
+    threshold: Annotated[float, typer.Option(help="Pixels with no higher probability stay unlabelled.")] = 0.5,
+    patch: Annotated[int, typer.Option(help="Side of a token's patch in pixels.", min=1)] = 8,
+) -> None:
+    """Label images with a trained run, for pseudo tasks; splits that are labelled are kept."""
+    images = None if of is None else load_experiment(of, assignments or ()).dataset
+    write_labels(run, folder, task=task, of=images, kind=kind, threshold=threshold, patch=patch)
+    _console().print(f"labels: {folder}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command("report")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidetask_core import Task, parallel, relative_improvement, relative_improvement_by_task
 
-from sidetask_bench import storage, tables
+from sidetask_bench import breakdown, storage, tables
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, RunConfig
 from sidetask_bench.progress import Display
@@ -58,6 +58,7 @@ def compare(
     folder = Path(folder)
     runs = experiment.runs(seeds)
     dataset = make_dataset(experiment.dataset)
+    breakdown.check(experiment.breakdown, dataset)
     for configs in runs.values():
         make_step(configs[0], dataset)
     if jobs > 1 and parallel.world() > 1:

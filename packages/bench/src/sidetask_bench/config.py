@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sidetask_bench import document
+from sidetask_bench.breakdown import Breakdown
 from sidetask_bench.schema import ExperimentError, as_mapping, build, join, limited, plain, unknown, wrong
 
 
@@ -152,6 +153,7 @@ class RunConfig:
     network: Plugin
     method: Any
     training: Training
+    breakdown: Mapping[str, Breakdown] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -172,7 +174,8 @@ class Experiment:
     (`sidetask_bench.document.merge`; a method is replaced as a whole). Single-task learning is the row
     ``{network: {cut: 0}}``: networks that share nothing. `baseline` is the row that relative improvement is
     measured against, the first one by default; `improvement` is one of the definitions of
-    `sidetask_core.relative_improvement`.
+    `sidetask_core.relative_improvement`. `breakdown` says of tasks by the classes of which other task their headline
+    metric is shown too: ``{depth: {by: segmentation}}`` (`sidetask_bench.breakdown`).
     """
 
     name: str
@@ -184,6 +187,7 @@ class Experiment:
     rows: Mapping[str, Any] = field(default_factory=dict)
     baseline: str | None = None
     improvement: Literal["mean-of-tasks", "one-metric", "flat"] = "mean-of-tasks"
+    breakdown: Mapping[str, Breakdown] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.rows):
@@ -223,6 +227,7 @@ class Experiment:
             network=build(Plugin, parts["network"], f"{path}network"),
             method=_method(parts["method"], f"{path}method"),
             training=build(Training, parts["training"], f"{path}training"),
+            breakdown=self.breakdown,
         )
 
     def runs(self, seeds: Iterable[int] | None = None) -> dict[str, list[RunConfig]]:

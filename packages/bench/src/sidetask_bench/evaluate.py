@@ -31,7 +31,7 @@ def evaluate(model: SplitModel, tasks: Sequence[Task], split: Split, batch_size:
         batch_size: samples at a time.
     """
     device = next(model.parameters()).device
-    metrics = {task.name: _copies(task, device) for task in tasks}
+    metrics = {task.name: copies(task, device) for task in tasks}
     with evaluating(model), torch.no_grad():
         for batch in split.batches(batch_size, shuffle=False, augment=False, drop_last=False):
             inputs: dict[int, tuple[Any, list[Task]]] = {}
@@ -91,12 +91,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _copies(task: Task, device: torch.device) -> dict[str, Any]:
-    copies = {}
+def copies(task: Task, device: torch.device) -> dict[str, Any]:
+    """A task's metrics, empty and on `device`; its own stay as they are."""
+    found = {}
     for name, metric in task.metrics.items():
         clone: Any = copy.deepcopy(metric)
         clone.reset()
         # One process judges the whole split; torchmetrics would wait for the others to join in.
         clone.distributed_available_fn = lambda: False
-        copies[name] = clone.to(device) if hasattr(clone, "to") else clone
-    return copies
+        found[name] = clone.to(device) if hasattr(clone, "to") else clone
+    return found

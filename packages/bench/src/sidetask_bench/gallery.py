@@ -170,6 +170,8 @@ def _legend(task: Task, view: View, truths: Sequence[Tensor]) -> Legend:
             return Legend(f"{unit}; black has no label.", ramp=view.image(steps.view(1, 1, -1)), limits=view.limits)
         case "normals":
             return Legend("Red faces right, green up, blue the camera; black has no label.")
+        case "distribution":
+            return Legend("The likeliest class; black has no label.")
         case "edges":
             return Legend("White is an edge; a prediction is as bright as its probability.")
         case _:

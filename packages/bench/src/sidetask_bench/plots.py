@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sidetask_bench.records import Comparison, Curve, RowRecord, TaskRecord
+from sidetask_bench.records import ByClass, Comparison, Curve, TaskRecord
 
 PANEL = (4.4, 3.1)
 DPI = 150
@@ -91,29 +91,68 @@ def improvement_panels(comparison: Comparison) -> list[Panel]:
     label = f"improvement on {_short(comparison.baseline)} (%)"
     overall = [_bar(row.improvement, row.values if len(row.runs) > 1 else []) for row in rows]
     left = 0.2 + 0.085 * max(len(_short(row.name)) for row in rows)
-    draw = partial(_bars, rows=rows, label=label)
+    draw = partial(_bars, names=[row.name for row in rows], label=label)
     title = "All primary tasks" + ("" if comparison.higher_is_better else " (lower is better)")
-    panels = [Panel(title, partial(draw, bars=overall), _in_words(rows, overall), left, 0.15)]
+    panels = [Panel(title, partial(draw, bars=overall), _in_words([row.name for row in rows], overall), left, 0.15)]
     for task in comparison.tasks:
         bars = [_bar(row.improvement.get("by_task", {}).get(task.name)) for row in rows]
         if any(bars):
-            panels.append(Panel(task.name, partial(draw, bars=bars), _in_words(rows, bars), left, 0.15))
+            panels.append(
+                Panel(task.name, partial(draw, bars=bars), _in_words([row.name for row in rows], bars), left, 0.15)
+            )
     return panels
 
 
-def weight_panels(comparison: Comparison, weights: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
-    """The weights in the encoder over the steps, one panel per row that has any."""
+def step_panels(
+    comparison: Comparison, values: Mapping[str, Mapping[str, Curve]], y: str, rule: float | None = 1.0
+) -> list[Panel]:
+    """Weights or norms, as `y` says, over the steps, one panel per row that has any; `rule` is drawn across."""
     places = {task.name: index for index, task in enumerate(comparison.tasks)}
-    for curves in weights.values():  # tasks that a method added come after the dataset's
+    for curves in values.values():  # tasks that a method added come after the dataset's
         for task in curves:
             places.setdefault(task, len(places))
     panels = []
     for row in comparison.rows:
-        if of_row := weights.get(row.name):
+        if of_row := values.get(row.name):
             pooled = max(curve.pooled for curve in of_row.values())
             x = "step" if pooled == 1 else f"step (means of {pooled}; band: least to most)"
-            draw = partial(_lines, curves=of_row, places=places, x=x, y="weight in the encoder", rule=1.0)
-            panels.append(Panel(row.name, draw, _ends_in_words("weights at the end", of_row)))
+            draw = partial(_lines, curves=of_row, places=places, x=x, y=y, rule=rule)
+            panels.append(Panel(row.name, draw, _ends_in_words(f"{y} at the end", of_row)))
+    return panels
+
+
+def shaper_panels(weights: Mapping[str, Mapping[str, Mapping[str, Curve]]]) -> list[Panel]:
+    """The weights that shapers name, of classes for instance, over the epochs: one panel for every row and task."""
+    panels = []
+    for row, tasks in weights.items():
+        for task, curves in tasks.items():
+            places = {name: index for index, name in enumerate(curves)}
+            draw = partial(_lines, curves=curves, places=places, x="epoch", y="weight", rule=1.0)
+            title = row if len(tasks) == 1 else f"{row}, {task}"
+            panels.append(Panel(title, draw, _ends_in_words("weights at the end", curves)))
+    return panels
+
+
+def class_panels(comparison: Comparison, found: ByClass) -> list[Panel]:
+    """How much better each row is than the baseline on the points of each class: bars in percent, a panel for each."""
+    metric = next(task for task in comparison.tasks if task.name == found.task)
+    sign = 1.0 if metric.headline is None or metric.metrics[metric.headline] else -1.0
+    baseline = found.values[comparison.baseline].mean(axis=0)
+    panels = []
+    for row in comparison.rows:
+        if row.name == comparison.baseline:
+            continue
+        change = 100 * sign * (found.values[row.name] - baseline) / np.abs(baseline)
+        means, several = change.mean(axis=0), len(change) > 1
+        stds = change.std(axis=0, ddof=1) if several else np.zeros_like(means)
+        bars = [
+            Bar(float(mean), float(std) if several else None) if np.isfinite(mean) else None
+            for mean, std in zip(means, stds, strict=True)
+        ]
+        label = f"improvement on {_short(comparison.baseline)} (%)"
+        draw = partial(_bars, names=found.classes, bars=bars, label=label)
+        left = 0.2 + 0.085 * max(len(_short(name)) for name in found.classes)
+        panels.append(Panel(row.name, draw, _in_words(found.classes, bars), left, 0.15))
     return panels
 
 
@@ -283,7 +322,7 @@ def _bar(found: Mapping[str, Any] | None, seeds: Sequence[float] = ()) -> Bar | 
     return None if not found or found["mean"] is None else Bar(found["mean"], found["std"], seeds)
 
 
-def _bars(ax: Axes, rows: Sequence[RowRecord], bars: Sequence[Bar | None], label: str) -> None:
+def _bars(ax: Axes, names: Sequence[str], bars: Sequence[Bar | None], label: str) -> None:
     ax.set_xlabel(label, color=LIGHT.muted, fontsize=9)
     ax.grid(visible=False, axis="y")
     ax.axvline(0, color=LIGHT.muted, linewidth=1)
@@ -305,17 +344,19 @@ def _bars(ax: Axes, rows: Sequence[RowRecord], bars: Sequence[Bar | None], label
             va="center",
             ha="left" if bar.mean >= 0 else "right",
         )
-    ax.set_yticks(range(len(rows)), [_short(row.name) for row in rows], color=LIGHT.ink)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.margins(x=0.18)
+    ax.set_yticks(range(len(names)), [_short(name) for name in names], color=LIGHT.ink)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    widest = max((len(_signed(bar.mean)) for bar in bars if bar), default=0)
+    ax.use_sticky_edges = False  # or there is no margin at 0, where the baseline's number stands
+    ax.margins(x=max(0.18, 0.06 * widest))
 
 
 def _signed(value: float) -> str:
-    return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
+    return "0.0" if abs(value) < 0.05 else f"{value:+.{0 if abs(value) >= 1000 else 1}f}".replace("-", "−")
 
 
-def _in_words(rows: Sequence[RowRecord], bars: Sequence[Bar | None]) -> str:
-    return "; ".join(f"{row.name} {_signed(bar.mean)} %" for row, bar in zip(rows, bars, strict=True) if bar)
+def _in_words(names: Sequence[str], bars: Sequence[Bar | None]) -> str:
+    return "; ".join(f"{name} {_signed(bar.mean)} %" for name, bar in zip(names, bars, strict=True) if bar)
 
 
 def _ends_in_words(what: str, curves: Mapping[str, Curve]) -> str:

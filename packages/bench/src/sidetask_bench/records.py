@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -161,24 +161,88 @@ def validation(comparison: Comparison) -> dict[str, dict[str, Curve]]:
     )
 
 
-def weights(comparison: Comparison) -> dict[str, dict[str, Curve]]:
-    """Row to task to the weight in the encoder per step: means of equal stretches of steps, over all seeds.
+StepGroup = Literal["encoder", "decoder", "norms"]
 
-    The band is what the weights really did in a stretch: from the smallest to the largest of any step and seed. A row
-    whose rule combines gradients without weights has no task here.
+
+def steps(comparison: Comparison, group: StepGroup = "encoder") -> dict[str, dict[str, Curve]]:
+    """Row to task to a value per step: means of equal stretches of steps, over all seeds.
+
+    The band is what the values really did in a stretch: from the smallest to the largest of any step and seed.
+
+    Args:
+        comparison: whose runs recorded them.
+        group: weights in the ``"encoder"``, where a row whose rule combines gradients without weights has no task; in
+            the ``"decoder"``, where a row has none if they are all one, or those of the encoder; or ``"norms"``, the
+            gradients' norms at the features, where a row has some if its method reads them.
     """
     result: dict[str, dict[str, Curve]] = {}
     for row in comparison.rows:
         series: dict[str, list[list[float]]] = {}
         for run in row.runs:
             of_run: dict[str, list[float]] = {}
+            ones = alike = group == "decoder"
             for line in _lines(comparison.folder / run["folder"] / "weights.jsonl"):
-                for task, weight in line.get("encoder", {}).items():
-                    of_run.setdefault(task, []).append(_number(weight))
-            for task, values in of_run.items():
+                found = line.get(group, {})
+                alike, ones = alike and found == line.get("encoder"), ones and set(found.values()) == {1.0}
+                for task, value in found.items():
+                    of_run.setdefault(task, []).append(_number(value))
+            for task, values in [] if alike or ones else of_run.items():
                 series.setdefault(task, []).append(values)
         result[row.name] = {task: _pooled(values) for task, values in series.items()}
     return result
+
+
+def shaper_weights(comparison: Comparison) -> dict[str, dict[str, dict[str, Curve]]]:
+    """Row to task to the weights that its shaper names, of classes for instance, after each epoch, counted from 1.
+
+    Mean and standard deviation over the seeds; a row without such weights has no task.
+    """
+    result: dict[str, dict[str, dict[str, Curve]]] = {row.name: {} for row in comparison.rows}
+    for row in comparison.rows:
+        runs = [list(_lines(comparison.folder / run["folder"] / "metrics.jsonl")) for run in row.runs]
+        length = min((len(run) for run in runs), default=0)
+        if not length:
+            continue
+        epochs = np.array([line["epoch"] + 1.0 for line in runs[0][:length]])
+        for task, names in runs[0][0].get("shapers", {}).items():
+            result[row.name][task] = {
+                name: _over_seeds(
+                    epochs,
+                    np.array([[_number(line["shapers"][task][name]) for line in run[:length]] for run in runs]),
+                )
+                for name in names
+            }
+    return result
+
+
+@dataclass(frozen=True)
+class ByClass:
+    """A task's headline metric by the classes of another: for each row and class the values of the seeds.
+
+    `values` are ``[seeds, classes]``, NaN where a class has no labelled point.
+    """
+
+    task: str
+    by: str
+    classes: list[str]
+    values: dict[str, Array]
+
+
+def by_class(comparison: Comparison) -> list[ByClass]:
+    """What the runs found class by class, task by task; classes without a point in any run are left out."""
+    first = comparison.rows[0].runs[0].get("by_class", {})
+    found = []
+    for task, about in first.items():
+        tables = {
+            row.name: np.array(
+                [[_number(run["by_class"][task]["classes"][name]) for name in about["classes"]] for run in row.runs]
+            )
+            for row in comparison.rows
+        }
+        seen = np.any([np.isfinite(table).any(axis=0) for table in tables.values()], axis=0)
+        classes = [name for name, there in zip(about["classes"], seen, strict=True) if there]
+        found.append(ByClass(task, about["by"], classes, {name: table[:, seen] for name, table in tables.items()}))
+    return found
 
 
 def _per_epoch(comparison: Comparison, read: Any) -> dict[str, dict[str, Curve]]:

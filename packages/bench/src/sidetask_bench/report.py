@@ -80,17 +80,26 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
             gallery = galleries.collect(comparison)
         except (ExperimentError, OSError, ValueError, LookupError) as error:
             missing = str(error)
-    weights = records.weights(comparison)
+    weights = records.steps(comparison, "encoder")
+    below, norms = records.steps(comparison, "decoder"), records.steps(comparison, "norms")
     groups = {
         "improvement": plots.improvement_panels(comparison),
-        "weights": plots.weight_panels(comparison, weights),
+        "weights": plots.step_panels(comparison, weights, "weight in the encoder"),
+        "decoders": plots.step_panels(comparison, below, "weight in the decoder"),
+        "norms": plots.step_panels(comparison, norms, "gradient norm", rule=None),
         "losses": plots.curve_panels(comparison, records.losses(comparison), lambda task: "training loss"),
         "validation": plots.curve_panels(comparison, records.validation(comparison), _headline_label),
     }
+    groups["shapers"] = plots.shaper_panels(records.shaper_weights(comparison))
+    broken_down = records.by_class(comparison)
+    titles = dict(_TITLES)
+    for i, found in enumerate(broken_down):
+        groups[f"by_class_{i}"] = plots.class_panels(comparison, found)
+        titles[f"by_class_{i}"] = f"{found.task} by class of {found.by}"
     pictures = comparison.folder / "pictures"
     for name, panels in groups.items():
         if panels:
-            plots.png(panels, pictures / f"{name}.png", title=f"{comparison.name}: {_TITLES[name]}")
+            plots.png(panels, pictures / f"{name}.png", title=f"{comparison.name}: {titles[name]}")
     if gallery and gallery.strips:
         galleries.png(gallery, pictures / "gallery.png")
     environment = Environment(
@@ -116,6 +125,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
             name: [(panel, plots.svg(panel, f"{name}{i}")) for i, panel in enumerate(panels)]
             for name, panels in groups.items()
         },
+        by_class=[(found, class_table(comparison, found)) for found in broken_down],
         unweighted=[row.name for row in comparison.rows if not weights[row.name]],
         gallery=gallery if gallery and gallery.strips else None,
         no_gallery=missing,
@@ -131,6 +141,9 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
 _TITLES = {
     "improvement": "relative improvement on the test split (bar: mean, whisker: ± std over seeds)",
     "weights": "weights in the encoder over training",
+    "shapers": "weights of elements over training (band: ± std over seeds)",
+    "decoders": "weights in the decoders over training, where they are others",
+    "norms": "norms of the tasks' gradients at the shared features, where a method reads them",
     "losses": "training losses (band: ± std over seeds)",
     "validation": "validation metrics (band: ± std over seeds)",
 }
@@ -145,6 +158,19 @@ def table(comparison: Comparison) -> list[Column]:
             stds = [_finite(row.std.get(task.name, {}).get(metric)) for row in comparison.rows]
             label = _label(task.name, metric)
             columns.append(Column(task, metric, label, "↑" if higher else "↓", _cells(means, stds, higher)))
+    return columns
+
+
+def class_table(comparison: Comparison, found: records.ByClass) -> list[Column]:
+    """A task's headline metric by class: a column per class, a cell per row, best cells marked."""
+    task = next(task for task in comparison.tasks if task.name == found.task)
+    columns = []
+    for c, name in enumerate(found.classes):
+        values = [found.values[row.name][:, c] for row in comparison.rows]
+        means = [_finite(of_row.mean()) for of_row in values]
+        stds = [_finite(of_row.std(ddof=1)) if len(of_row) > 1 else None for of_row in values]
+        higher = task.headline is not None and task.metrics[task.headline]
+        columns.append(Column(task, name, name, "↑" if higher else "↓", _cells(means, stds, higher)))
     return columns
 
 

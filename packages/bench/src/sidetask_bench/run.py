@@ -3,8 +3,10 @@
 A run's folder holds
 
 - ``config.yaml``: what is run;
-- ``metrics.jsonl``: per epoch the mean training losses, validation metrics and score, learning rate, seconds;
-- ``weights.jsonl``: per step the losses and the weights above (encoder) and below (decoder) the cut;
+- ``metrics.jsonl``: per epoch the mean training losses, validation metrics and score, learning rate, seconds, and the
+  weights that shapers name, such as those of classes;
+- ``weights.jsonl``: per step the losses, the weights above (encoder) and below (decoder) the cut, and the norms of the
+  gradients at it, if the method reads them;
 - ``checkpoint.pt``: everything the next step depends on; ``best.pt``: the network of the chosen epoch;
 - ``result.json``: the test metrics, written last: a run that has it is finished.
 """
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sidetask_core import SplitModel, parallel
 
-from sidetask_bench import runtime, storage
+from sidetask_bench import breakdown, runtime, storage
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import RunConfig, changed_keys, load_run_config
 from sidetask_bench.document import dump
@@ -76,6 +78,7 @@ def train(
         if (folder / "result.json").exists():
             return read_result(folder)
         data = (dataset if dataset is not None else make_dataset(config.dataset)).to(device)
+        breakdown.check(config.breakdown, data)
         with display:
             result = _Run(config, folder, data, device, display).complete()
         runtime.barrier()
@@ -192,6 +195,8 @@ class _Run:
             value = score(validation, tasks)
             self.selection.offer(epoch, validation, last=epoch + 1 == training.epochs)
             record = {"epoch": epoch, "losses": losses, "validation": validation, "score": value, "lr": rate}
+            if shapers := trainer.named_weights():
+                record["shapers"] = shapers
             self.metrics.append({**record, "seconds": round(self.epoch_seconds, 3)})
         self.epoch_seconds = 0.0
         self._save()
@@ -204,6 +209,7 @@ class _Run:
         cuda = self.device.type == "cuda"
         return {
             "test": evaluate(model, self.data.tasks, self.data.test, self._batch_size()),
+            "by_class": breakdown.by_class(model, self.data, self.config.breakdown, self.data.test, self._batch_size()),
             "epoch": best["epoch"],
             "score": best["score"],
             "steps": self.trainer.total,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sidetask_core import Batch, Report, parallel
+from sidetask_core import Batch, Report, Shaper, parallel
 from torch import Tensor
 
 from sidetask_bench import runtime
@@ -101,6 +101,11 @@ class Trainer:
         self.epoch, self.position, self.loss_sums = self.epoch + 1, 0, {}
         return means
 
+    def named_weights(self) -> dict[str, dict[str, float]]:
+        """What the shapers of tasks name of their weights now, by task; tasks without any are left out."""
+        found = {n: shaper.named_weights() for n, shaper in self.step.shapers.items() if isinstance(shaper, Shaper)}
+        return {name: {key: float(w) for key, w in weights.items()} for name, weights in found.items() if weights}
+
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
         factor = learning_rate_factor(
@@ -174,7 +179,10 @@ class Trainer:
 
 
 def _mean_values(reports: list[Report]) -> Values:
-    groups = [{"losses": r.losses, "encoder": r.encoder_weights, "decoder": r.decoder_weights} for r in reports]
+    groups = [
+        {"losses": r.losses, "encoder": r.encoder_weights, "decoder": r.decoder_weights, "norms": r.gradient_norms}
+        for r in reports
+    ]
     if len(groups) == 1:
         return groups[0]
     return {

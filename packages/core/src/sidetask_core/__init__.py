@@ -1,5 +1,6 @@
 """Core of sidetask: encode once, cut at the shared features, weight every task's signal above and below the cut."""
 
+from sidetask_core.augment import ExtraTasks, FrozenHeads
 from sidetask_core.bilevel import BilevelWeighting
 from sidetask_core.improvement import relative_improvement, relative_improvement_by_task
 from sidetask_core.method import Augment, Combiner, Equal, Fixed, Method, Product, Rule, Shaper, Weighting
@@ -7,6 +8,7 @@ from sidetask_core.signals import Place, Signals, StepFailure
 from sidetask_core.split import SplitModel
 from sidetask_core.step import NonFiniteLoss, Report, Step
 from sidetask_core.task import Batch, Metric, MissingKey, Task
+from sidetask_core.uncertainty import Uncertain, Uncertainty
 
 __all__ = [
     "Augment",
@@ -14,7 +16,9 @@ __all__ = [
     "BilevelWeighting",
     "Combiner",
     "Equal",
+    "ExtraTasks",
     "Fixed",
+    "FrozenHeads",
     "Method",
     "Metric",
     "MissingKey",
@@ -29,6 +33,8 @@ __all__ = [
     "Step",
     "StepFailure",
     "Task",
+    "Uncertain",
+    "Uncertainty",
     "Weighting",
     "relative_improvement",
     "relative_improvement_by_task",

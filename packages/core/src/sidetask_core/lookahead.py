@@ -1,4 +1,4 @@
-"""How the loss after a step depends on the weight that each task had in it."""
+"""How the loss after a step depends on the weight that each task, or each element of its loss, had in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sidetask_core import parallel
-from sidetask_core.aside import RandomState, aside
+from sidetask_core.aside import RandomState, aside, device_of
 from sidetask_core.combine import Weights, combine
 from sidetask_core.passes import Passes, losses_of
-from sidetask_core.signals import Mode, Part
+from sidetask_core.signals import ElementSlopes, Mode, Part
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task
 
@@ -27,7 +27,7 @@ Group = dict[str, Any]
 
 
 class NoForwardDerivative(RuntimeError):
-    """An operator of the encoder has no forward-mode derivative, which mode ``"exact"`` needs; `operator` names it."""
+    """An operator of the network has no forward-mode derivative, which mode ``"exact"`` needs; `operator` names it."""
 
     def __init__(self, operator: str) -> None:
         self.operator = operator
@@ -191,92 +191,188 @@ class Trail:
 
     def _moved(self, model: SplitModel, one: Encoded, along: Mapping[str, Tensor], mode: Mode) -> Tensor:
         """The derivative of the features along the direction, flattened."""
-        if mode != "exact":
-            return self._difference(model, one, along, central=mode == "difference")
-        _load_forward_mode()
-        with forward_ad.dual_level(), _named_missing_derivative():
-            duals = {
-                name: forward_ad.make_dual(self.shared[name], u.to(self.shared[name])) for name, u in along.items()
-            }
-            parts = [forward_ad.unpack_dual(x) for x in self._features(model, one, duals)]
-            return _flat([torch.zeros_like(x) if dx is None else dx for x, dx in parts])
 
-    def _difference(self, model: SplitModel, one: Encoded, along: Mapping[str, Tensor], central: bool) -> Tensor:
-        """The same from features of an encoder displaced a little along the direction, and back or not at all.
+        def features(moved: Mapping[str, Tensor]) -> list[Tensor]:
+            def encode(model: SplitModel) -> list[Tensor]:
+                tensors, _ = tree_flatten(model.encode(one.input))
+                return [tensors[i] for i in one.cut]
 
-        The displacement is ε^⅔ times as long as the parameters, ε their precision. A fixed length, as in Auto-λ's code
-        (0.01), lies across kinks of ReLU and max-pooling, an error that no precision mends.
-        """
-        length = _length(along.values())
-        precision = max(torch.finfo(x.dtype).eps for x in one.features)
-        reach = precision ** (2 / 3) * _length(self.shared[name] for name in along)
-        step = reach / length.clamp(min=torch.finfo(length.dtype).tiny)
+            with torch.no_grad(), self.ambient:
+                return aside(model, encode, {**self.shared, **moved}, one.random)
 
-        def displaced(sign: int) -> Tensor:
-            moved = {name: (p := self.shared[name]) + sign * step.to(p) * u.to(p) for name, u in along.items()}
-            return _flat(self._features(model, one, moved))
-
-        here = displaced(-1) if central else _flat(one.features)
-        slope = (displaced(1) - here) / (step * (2 if central else 1))
-        # Where nothing moves there is no slope.
-        return torch.where(length > 0, slope, 0.0)
-
-    def _features(self, model: SplitModel, one: Encoded, moved: Mapping[str, Tensor]) -> list[Tensor]:
-        """The features that were cut, of an encoder with other parameters that draws what it drew in the step."""
-
-        def encode(model: SplitModel) -> list[Tensor]:
-            tensors, _ = tree_flatten(model.encode(one.input))
-            return [tensors[i] for i in one.cut]
-
-        with torch.no_grad(), self.ambient:
-            return aside(model, encode, {**self.shared, **moved}, one.random)
+        return derivative_along(features, self.shared, one.features, along, mode)
 
 
 @dataclass(frozen=True)
+class Rerun:
+    """What it takes to run one task of a step again with other parameters: from its input to its element losses.
+
+    Attributes:
+        input: what was encoded.
+        target: the labels.
+        random: the random state before the encoder, before the branch and before the head.
+        losses: the element losses of each objective, before shaping.
+        masks: which of them are labelled.
+        parameters: those of encoder, branch and head that are trained, by name.
+        ambient: the precision of the forward pass.
+    """
+
+    input: Any
+    target: Any
+    random: tuple[RandomState, RandomState, RandomState]
+    losses: list[Tensor]
+    masks: list[Tensor | None]
+    parameters: dict[str, Tensor]
+    ambient: torch.autocast
+
+    @classmethod
+    def of(cls, model: SplitModel, task: Task, t: int, passes: Passes, ambient: torch.autocast) -> Rerun | None:
+        """The rerun of task `t` of a step; None if its batch has no labels here. It copies nothing."""
+        elements, domain = passes.elements[t], passes.domain_of[t]
+        if elements is None or domain is None:
+            return None
+        above = {id(p) for p in [*model.shared_parameters(), *model.specific_parameters(task.name)]}
+        parameters = {n: p.detach() for n, p in model.named_parameters() if id(p) in above and p.requires_grad}
+        losses, masks = zip(*elements, strict=True)
+        random = (domain.random, *passes.random[t])
+        return cls(domain.input, passes.targets[t], random, [*losses], [*masks], parameters, ambient)
+
+    def slopes(self, model: SplitModel, task: Task, along: Mapping[str, Tensor], mode: Mode) -> list[ElementSlopes]:
+        """−⟨direction, ∇d_i⟩ of every element loss d_i of each objective, from one pass of encoder, branch and head."""
+        above = {name: along[name] for name in self.parameters if name in along}
+
+        def elements(moved: Mapping[str, Tensor]) -> list[Tensor]:
+            def compute(model: SplitModel) -> list[Tensor]:
+                device, branch = device_of(model), model.route[task.name]
+                read = model.encode(self.input)
+                self.random[1].restore(device)
+                if branch is not None:
+                    read = model.branches[branch](read)
+                self.random[2].restore(device)
+                return [losses for losses, _ in task.elements(model.heads[task.name](read), self.target)]
+
+            with torch.no_grad(), self.ambient:
+                return aside(model, compute, {**self.parameters, **moved}, self.random[0])
+
+        if above:
+            moved = derivative_along(elements, self.parameters, self.losses, above, mode)
+        else:
+            moved = torch.zeros_like(_flat(self.losses))
+        slopes = moved.neg().split([x.numel() for x in self.losses])
+        found = []
+        for slope, losses, mask in zip(slopes, self.losses, self.masks, strict=True):
+            there = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+            of_elements = torch.where(there, slope.view_as(losses), 0.0)
+            found.append(ElementSlopes(of_elements, there, self.target))
+        return found
+
+
+def derivative_along(
+    compute: Callable[[Mapping[str, Tensor]], list[Tensor]],
+    parameters: Mapping[str, Tensor],
+    here: Sequence[Tensor],
+    along: Mapping[str, Tensor],
+    mode: Mode,
+) -> Tensor:
+    """The derivative of what is computed from parameters along a direction, flattened.
+
+    A difference is taken over a displacement ε^⅔ times as long as the parameters, ε the precision. A fixed length, as
+    in Auto-λ's code (0.01), lies across kinks of ReLU and max-pooling, an error that no precision mends.
+
+    Args:
+        compute: of other tensors in place of parameters, by name.
+        parameters: where it is differentiated.
+        here: what it is there.
+        along: the direction; parameters that it lacks stay.
+        mode: as in `Signals.lookahead`.
+    """
+    if mode == "exact":
+        _load_forward_mode()
+        with forward_ad.dual_level(), _named_missing_derivative():
+            duals = {name: forward_ad.make_dual(p := parameters[name], u.to(p)) for name, u in along.items()}
+            parts = [forward_ad.unpack_dual(x) for x in compute(duals)]
+            return _flat([torch.zeros_like(x) if dx is None else dx for x, dx in parts])
+    length = _length(along.values())
+    precision = max(torch.finfo(x.dtype).eps for x in here)
+    reach = precision ** (2 / 3) * _length(parameters[name] for name in along)
+    step = reach / length.clamp(min=torch.finfo(length.dtype).tiny)
+
+    def displaced(sign: int) -> Tensor:
+        return _flat(compute({n: (p := parameters[n]) + sign * step.to(p) * u.to(p) for n, u in along.items()}))
+
+    before = displaced(-1) if mode == "difference" else _flat(here)
+    slope = (displaced(1) - before) / (step * (2 if mode == "difference" else 1))
+    # Where nothing moves there is no slope.
+    return torch.where(length > 0, slope, 0.0)
+
+
+@dataclass
 class Lookahead:
     """Looks at the loss after the step that is being taken.
 
     Attributes:
         model: the network.
         tasks: its tasks.
+        passes: the step's own.
         ambient: the precision of the forward pass.
         validation: the batch whose loss is to fall, or a function that gives it.
         optimizer: what will take the step.
+        decided: the weights of the step, once its rules were asked.
+        directions: those found for the step that was decided on, by the tasks whose loss is to fall.
     """
 
     model: SplitModel
     tasks: Sequence[Task]
+    passes: Passes
     ambient: torch.autocast
     validation: Batch | Callable[[], Batch]
     optimizer: torch.optim.Optimizer
+    decided: Weights | None = None
+    directions: dict[Collection[int], dict[str, Tensor]] = field(default_factory=dict)
 
-    def derivative(self, passes: Passes, weights: Tensor, part: Part, mode: Mode, among: Collection[int]) -> Tensor:
+    def derivative(self, weights: Tensor, part: Part, mode: Mode, among: Collection[int]) -> Tensor:
         """d(primaries' validation loss after the step)/d(weight) of the tasks `among`, zero for others ``[T]``."""
+        along = self._direction(Weights(weights, weights), part, [task for task in self.tasks if task.primary])
+        trail = Trail.of(self.model, self.passes, self.ambient)
+        return -trail.slopes(self.model, along, mode, among).to(weights)
+
+    def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
+        """See `Signals.lookahead_elements`, for each objective."""
+        if self.decided is None:
+            raise ValueError("element losses are looked at once the step's weights are decided, in a shaper's update")
+        if of not in self.directions:
+            self.directions[of] = self._direction(self.decided, "all", [self.tasks[i] for i in sorted(of)])
+        rerun = Rerun.of(self.model, self.tasks[t], t, self.passes, self.ambient)
+        return None if rerun is None else rerun.slopes(self.model, self.tasks[t], self.directions[of], mode)
+
+    def _direction(self, weights: Weights, part: Part, of: Sequence[Task]) -> dict[str, Tensor]:
+        """α ∇ of the validation loss of tasks `of` after the step with these weights, by name."""
+        passes = self.passes
         governed = parameters_of(self.model, passes, part)
-        found = combine(passes, Weights(weights, weights), ahead=True)
+        found = combine(passes, weights, ahead=True)
         groups = groups_of(self.optimizer, self.model)
         after, rates = {}, {}
         for name, p in governed.items():
             gradient = passes.unscaled(found.pop(p)) if p in found else None
             move = Move.of(p, gradient, self.optimizer, groups.get(id(p)))
             after[name], rates[name] = move.after, move.rate
-        along = self._validation_gradient(passes, after)
+        along = self._validation_gradient(of, after)
         # One by one, since each of these is as large as the network.
         for name in along:
             along[name] = along[name] * rates[name]
-        return -Trail.of(self.model, passes, self.ambient).slopes(self.model, along, mode, among).to(passes.losses[0])
+        return along
 
-    def _validation_gradient(self, passes: Passes, after: dict[str, Tensor]) -> dict[str, Tensor]:
-        """∇ of the primaries' unweighted validation loss at the parameters `after` the step, over all processes.
+    def _validation_gradient(self, of: Sequence[Task], after: dict[str, Tensor]) -> dict[str, Tensor]:
+        """∇ of the unweighted validation loss of tasks `of` at the parameters `after` the step, over all processes.
 
         Empties `after`, which nobody needs beyond it.
         """
-        primaries = [task for task in self.tasks if task.primary]
         batch = self.validation if isinstance(self.validation, Batch) else self.validation()
         leaves = {name: after.pop(name).detach().requires_grad_() for name in list(after)}
+        passes = self.passes
 
         def compute(model: SplitModel) -> list[Tensor | None]:
-            losses, _ = losses_of(model, primaries, batch, {})
+            losses, _ = losses_of(model, of, batch, {})
             total = torch.stack([loss.to(losses[0]) for loss in losses]).sum() * passes.scale.to(losses[0])
             if not total.requires_grad or not leaves:
                 return [None] * len(leaves)
@@ -293,44 +389,62 @@ class Hindsight:
     """Looks from a step back at the one before: what did each weight there do to the loss here?
 
     Attributes:
-        trail: what the step before left behind, in copies of its own.
+        trail: what the step before left behind, in copies of its own; None if no rule asked for it.
+        reruns: the same of single tasks, by name; those that were asked for and have labels here.
         rates: how far a unit of gradient moved each parameter in it, by name.
     """
 
-    trail: Trail
+    trail: Trail | None
+    reruns: dict[str, Rerun]
     rates: dict[str, float]
 
     @classmethod
-    def of(cls, trail: Trail, model: SplitModel, optimizer: torch.optim.Optimizer) -> Hindsight:
+    def of(
+        cls, trail: Trail | None, reruns: Mapping[str, Rerun], model: SplitModel, optimizer: torch.optim.Optimizer
+    ) -> Hindsight:
         """What to keep of a step until the next, before the optimizer changes parameters and the caller the batch."""
         groups = groups_of(optimizer, model)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         rates = {name: float(rate_of(p, optimizer, groups.get(id(p)))) for name, p in trained}
-        return cls(
-            Trail(
-                {name: p.clone() for name, p in trail.shared.items()},
-                trail.own,
-                [replace(one, input=tree_map_only(Tensor, torch.clone, one.input)) for one in trail.encoded],
-                trail.ambient,
-            ),
-            rates,
-        )
+        # Once each, whoever needs them.
+        parameters: dict[str, Tensor] = {}
+        batches: dict[int, Any] = {}
 
-    def derivative(
-        self, model: SplitModel, tasks: Sequence[Task], passes: Passes, part: Part, mode: Mode, among: Collection[int]
-    ) -> Tensor:
-        """d(primaries' loss in this step)/d(weight in the step before) of `among`, zero for other tasks ``[T]``."""
-        ones = torch.tensor([float(task.primary) for task in tasks]).to(passes.losses[0])
+        def kept(some: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            parameters.update({name: p.clone() for name, p in some.items() if name not in parameters})
+            return {name: parameters[name] for name in some}
+
+        def copied(structure: Any) -> Any:
+            if id(structure) not in batches:
+                batches[id(structure)] = tree_map_only(Tensor, torch.clone, structure)
+            return batches[id(structure)]
+
+        if trail is not None:
+            encoded = [replace(one, input=copied(one.input)) for one in trail.encoded]
+            trail = replace(trail, shared=kept(trail.shared), encoded=encoded)
+        again = {
+            name: replace(one, input=copied(one.input), target=copied(one.target), parameters=kept(one.parameters))
+            for name, one in reruns.items()
+        }
+        return cls(trail, again, rates)
+
+    def batches(self) -> list[Any]:
+        """The caller's data in it."""
+        reruns = [(one.input, one.target) for one in self.reruns.values()]
+        return [*reruns, *([] if self.trail is None else [one.input for one in self.trail.encoded])]
+
+    def direction(self, model: SplitModel, passes: Passes, part: Part, of: Collection[int]) -> dict[str, Tensor]:
+        """α ∇ of the unweighted loss of tasks `of` in this step, by name."""
+        ones = torch.tensor([float(t in of) for t in range(len(passes.losses))]).to(passes.losses[0])
         found = combine(passes, Weights(ones, ones), ahead=True)
         # No step has these weights, so that nobody will ask for the gradient again.
         passes.ahead = None
         governed = parameters_of(model, passes, part)
-        along = {
+        return {
             name: passes.unscaled(found.pop(p)) * self.rates[name]
             for name, p in governed.items()
             if p in found and name in self.rates
         }
-        return -self.trail.slopes(model, along, mode, among).to(passes.losses[0])
 
 
 def parameters_of(model: SplitModel, passes: Passes, part: Part) -> dict[str, nn.Parameter]:

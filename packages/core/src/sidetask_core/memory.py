@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_map_only
 
 from sidetask_core import parallel
 from sidetask_core.aside import RandomState, aside, device_of
-from sidetask_core.lookahead import Encoded, Hindsight, Trail
+from sidetask_core.lookahead import Encoded, Hindsight, Rerun, Trail
 from sidetask_core.passes import Passes, losses_of
-from sidetask_core.signals import Mode, Part, Progress
+from sidetask_core.signals import ElementSlopes, Mode, Part, Progress
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task
 
@@ -42,6 +42,8 @@ class Memory:
         self.model, self.tasks, self.shapers = model, tasks, shapers
         self.wants_progress = False
         self.wants_hindsight = False
+        # The tasks whose element losses are asked for in hindsight.
+        self.wants_elements: set[str] = set()
         self.past: Past | None = None
         self.hindsight: Hindsight | None = None
         # After a resume, only the process whose state was saved may have anything, and all have to know.
@@ -59,8 +61,14 @@ class Memory:
 
     def keep_trail(self, passes: Passes, ambient: torch.autocast, optimizer: torch.optim.Optimizer) -> None:
         """Keep what hindsight will need. Comes before gradients are combined, for they are handed out once."""
-        trail = Trail.of(self.model, passes, ambient)
-        self.hindsight = Hindsight.of(trail, self.model, optimizer)
+        trail = Trail.of(self.model, passes, ambient) if self.wants_hindsight else None
+        reruns = {
+            task.name: rerun
+            for t, task in enumerate(self.tasks)
+            if task.name in self.wants_elements
+            and (rerun := Rerun.of(self.model, task, t, passes, ambient)) is not None
+        }
+        self.hindsight = Hindsight.of(trail, reruns, self.model, optimizer)
 
     def keep_batch(self, batch: Batch, passes: Passes, losses: Tensor) -> None:
         """Keep what progress will need."""
@@ -76,19 +84,22 @@ class Memory:
             batch = self.past.batch
             known = (batch.inputs, batch.targets, sorted(batch.without), self.past.losses, self.past.labelled)
             past = (*known, random)
-        if self.hindsight is not None and _plain([one.input for one in self.hindsight.trail.encoded]):
-            trail, ambient = self.hindsight.trail, self.hindsight.trail.ambient
-            inputs = [{field.name: getattr(one, field.name) for field in fields(Encoded)} for one in trail.encoded]
-            for one in inputs:
-                one["random"] = (one["random"].host, one["random"].device)
-            precision = (ambient.device, str(ambient.fast_dtype).removeprefix("torch."), ambient._enabled)
-            hindsight = (trail.shared, trail.own, inputs, precision, self.hindsight.rates)
+        if self.hindsight is not None and _plain(self.hindsight.batches()):
+            trail = self.hindsight.trail
+            reruns = {name: _saved(one) for name, one in self.hindsight.reruns.items()}
+            hindsight = (None if trail is None else _saved(trail), reruns, self.hindsight.rates)
         names = [task.name for task in self.tasks]
-        return {"tasks": names, "past": past, "hindsight": hindsight, "rank": parallel.rank()}
+        wants = (self.wants_progress, self.wants_hindsight, sorted(self.wants_elements))
+        return {"tasks": names, "wants": wants, "past": past, "hindsight": hindsight, "rank": parallel.rank()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state, unless it is another process's."""
+        """Take over a saved state, of another process's only what it was asked for.
+
+        A rule that asks in every n-th step would otherwise miss the first time after a resume.
+        """
         self.past, self.hindsight, self.agreed = None, None, False
+        self.wants_progress, self.wants_hindsight, elements = state["wants"]
+        self.wants_elements = {*elements}
         if state["rank"] != parallel.rank():
             return
         device = device_of(self.model)
@@ -102,11 +113,12 @@ class Memory:
             inputs, targets, without, losses, labelled = there(known)
             self.past = Past(Batch(inputs, targets, without), losses, labelled, RandomState(*random))
         if state["hindsight"] is not None:
-            shared, own, inputs, (kind, precision, enabled), rates = state["hindsight"]
-            ambient = torch.autocast(kind, getattr(torch, precision), enabled)
-            held = [Encoded(**(there(one) | {"random": RandomState(*one["random"])})) for one in inputs]
-            trail = Trail(there(shared), there(own), held, ambient)
-            self.hindsight = Hindsight(trail.of_tasks(state["tasks"], names), dict(rates))
+            trail, reruns, rates = state["hindsight"]
+            self.hindsight = Hindsight(
+                None if trail is None else _loaded_trail(trail, there).of_tasks(state["tasks"], names),
+                {name: _loaded_rerun(one, there) for name, one in reruns.items() if name in names},
+                dict(rates),
+            )
 
 
 @dataclass
@@ -118,6 +130,7 @@ class Recall:
     last: Hindsight | None
     passes: Passes
     ambient: torch.autocast
+    directions: dict[Collection[int], dict[str, Tensor]] = field(default_factory=dict)
 
     def progress(self) -> Progress | None:
         """See `Signals.progress`."""
@@ -138,9 +151,49 @@ class Recall:
         """See `Signals.hindsight`."""
         memory = self.memory
         memory.wants_hindsight = True
+        if self.last is None or self.last.trail is None:
+            return None
+        primaries = frozenset(t for t, task in enumerate(memory.tasks) if task.primary)
+        along = self.last.direction(memory.model, self.passes, part, primaries)
+        return -self.last.trail.slopes(memory.model, along, mode, among).to(self.passes.losses[0])
+
+    def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
+        """See `Signals.hindsight_elements`, for each objective."""
+        memory, task = self.memory, self.memory.tasks[t]
+        memory.wants_elements.add(task.name)
         if self.last is None:
             return None
-        return self.last.derivative(memory.model, memory.tasks, self.passes, part, mode, among)
+        if of not in self.directions:
+            self.directions[of] = self.last.direction(memory.model, self.passes, "all", of)
+        rerun = self.last.reruns.get(task.name)
+        return None if rerun is None else rerun.slopes(memory.model, task, self.directions[of], mode)
+
+
+def _saved(one: Trail | Rerun | Encoded) -> dict[str, Any]:
+    """In tensors, lists, dicts and numbers."""
+    state = {field.name: getattr(one, field.name) for field in fields(one)}
+    state = tree_map_only(RandomState, lambda random: (random.host, random.device), state)
+    if isinstance(one, Trail):
+        state["encoded"] = [_saved(encoded) for encoded in one.encoded]
+    if not isinstance(one, Encoded):
+        ambient = one.ambient
+        state["ambient"] = (ambient.device, str(ambient.fast_dtype).removeprefix("torch."), ambient._enabled)
+    return state
+
+
+def _loaded_trail(state: Mapping[str, Any], there: Callable[[Any], Any]) -> Trail:
+    encoded = [Encoded(**(there(one) | {"random": RandomState(*one["random"])})) for one in state["encoded"]]
+    return Trail(there(state["shared"]), there(state["own"]), encoded, _ambient(*state["ambient"]))
+
+
+def _loaded_rerun(state: Mapping[str, Any], there: Callable[[Any], Any]) -> Rerun:
+    encoder, branch, head = (RandomState(*random) for random in state["random"])
+    known = {"random": (encoder, branch, head), "ambient": _ambient(*state["ambient"])}
+    return Rerun(**(there(state) | known))
+
+
+def _ambient(kind: str, precision: str, enabled: bool) -> torch.autocast:
+    return torch.autocast(kind, getattr(torch, precision), enabled)
 
 
 def _plain(structure: Any) -> bool:

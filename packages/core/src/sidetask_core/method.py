@@ -80,7 +80,8 @@ class Combiner(Rule):
 class Shaper(nn.Module):
     """A rule that weighs the elements of one task's loss before their masked mean.
 
-    Its parameters, if it has any, are trained by the user's optimizer on its `objective`.
+    Its parameters, if it has any, are trained by the user's optimizer on its `objective`; what it learns by a rule of
+    its own, it learns in `update`.
 
     Attributes:
         elementwise: whether it needs one loss per element. Without, it weighs whole objectives, and a loss that is a
@@ -102,6 +103,16 @@ class Shaper(nn.Module):
     def objective(self, signals: Signals) -> Tensor | None:
         """The scalar that trains this shaper's own parameters with the user's optimizer; None without any."""
         return None
+
+    def update(self, signals: Signals) -> None:
+        """Learn from a step whose losses and weights are known; what is learned holds from the next step on.
+
+        Called once per step, without gradient, after the rules; not for a step that fails.
+        """
+
+    def named_weights(self) -> Mapping[str, Tensor]:
+        """The weights that are worth a log, each a 0-dim tensor, such as those of classes by name; may be empty."""
+        return {}
 
 
 class Augment(nn.Module):

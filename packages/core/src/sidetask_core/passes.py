@@ -122,6 +122,9 @@ class Passes:
         self.branch_of: list[Branch | None] = [None] * len(tasks)
         self.own: list[list[nn.Parameter]] = [[] for _ in tasks]
         self.elements: list[Elements | None] = [None] * len(tasks)
+        self.targets: list[Any] = []
+        # The random state before the branch and before the head of each task, which only shapers ask for.
+        self.random: dict[int, tuple[RandomState, RandomState]] = {}
         self._forward(model, tasks, batch, shapers)
         one = torch.ones((), dtype=self.losses[0].dtype, device=self.losses[0].device)
         self.scaled = scaler is not None and scaler.is_enabled()
@@ -136,7 +139,7 @@ class Passes:
     ) -> None:
         # Targets are looked up before anything is computed, so that a missing one leaves no trace in BatchNorm.
         inputs = [batch.input_of(task) for task in tasks]
-        targets = [batch.target_of(task) for task in tasks]
+        self.targets = [batch.target_of(task) for task in tasks]
         device = device_of(model)
         by_input: dict[int, Domain] = {}
         if all(one is None for one in inputs):
@@ -153,24 +156,32 @@ class Passes:
         nothing = self.domains[0].cut.structure
         sums = {t: _sums(tasks[t], None, nothing, None, shapers) for t, one in enumerate(inputs) if one is None}
         for domain in self.domains:
-            for t, features in zip(domain.tasks, self._branches(model, tasks, targets, domain), strict=True):
-                task, target, elements = tasks[t], targets[t], None
+            read = self._branches(model, tasks, domain, noted=bool(shapers))
+            for t, (features, before) in zip(domain.tasks, read, strict=True):
+                task, target, elements = tasks[t], self.targets[t], None
+                self.random[t] = before, RandomState.of(device) if shapers else before
                 if target is not None:
                     elements = task.elements(model.heads[task.name](features), target)
                     self.elements[t] = [(losses.detach(), mask) for losses, mask in elements]
                 sums[t] = _sums(task, elements, features, target, shapers)
         self.losses, self.labelled = _means([sums[t] for t in range(len(tasks))])
 
-    def _branches(self, model: SplitModel, tasks: Sequence[Task], targets: Sequence[Any], domain: Domain) -> list[Any]:
-        """What each task's head reads, in the order of the domain's tasks; every branch is computed once."""
-        read: dict[int, Any] = {}
+    def _branches(
+        self, model: SplitModel, tasks: Sequence[Task], domain: Domain, noted: bool
+    ) -> list[tuple[Any, RandomState]]:
+        """What each task's head reads and the random state before its branch, in the order of the domain's tasks.
+
+        Every branch is computed once. The random state is `noted`, or that of the domain stands for it.
+        """
+        read: dict[int, tuple[Any, RandomState]] = {}
         routes = [model.route[tasks[t].name] for t in domain.tasks]
         for name in dict.fromkeys(routes):
             riders = [t for t, route in zip(domain.tasks, routes, strict=True) if route == name]
+            before = RandomState.of(device_of(model)) if noted else domain.random
             output = domain.cut.structure if name is None else model.branches[name](domain.cut.structure)
             branch = None
             # A head that is not run needs no cut, so that a task which sits out changes no bit of what others do.
-            if name is not None and sum(targets[t] is not None for t in riders) > 1:
+            if name is not None and sum(self.targets[t] is not None for t in riders) > 1:
                 branch = Branch(Cut(output), [p for p in model.branches[name].parameters() if p.requires_grad])
                 domain.branches.append(branch)
                 output = branch.cut.structure
@@ -179,7 +190,7 @@ class Passes:
                 own = model.specific_parameters(task) if branch is None else model.heads[task].parameters()
                 self.own[t] = [p for p in own if p.requires_grad]
                 self.branch_of[t] = branch
-                read[t] = output
+                read[t] = output, before
         return [read[t] for t in domain.tasks]
 
     def head(self, t: int, keep: bool = False) -> tuple[Gradients, Gradients]:

@@ -26,8 +26,8 @@ _HOMES = {
         "sidetask-saal": "saal-e saal-w saal-ew",
         "sidetask-classwise": "classwise",
     },
-    "datasets": {"sidetask-datasets": "scenes digits frames"},
-    "networks": {"sidetask-bench": "small deeplabv3"},
+    "datasets": {"sidetask-datasets": "scenes digits frames pseudo"},
+    "networks": {"sidetask-bench": "small deeplabv3 unet"},
 }
 
 
@@ -64,7 +64,8 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
     Args:
         spec: ``"pcgrad"``; or ``{"name": "cagrad", **options}``; or slots, each given in one of these two
             forms: ``{"encoder": "autolambda", "decoder": "ial", "shapers": {"seg": "classwise"}}``. Tasks that
-            the augment adds are weighed by the other slots' rules like the given ones.
+            the augment adds are weighed by the other slots' rules like the given ones. What two slots give alike is
+            built once, so that they share its rules and their state.
         tasks: what the method is built for.
 
     Raises:
@@ -85,15 +86,16 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
     if "name" in spec:
         return _call(spec, tasks)
     slots: dict[str, Any] = {}
+    built: list[tuple[Any, Method]] = []
     for slot, inner in sorted(spec.items(), key=lambda item: item[0] != "augment"):
         if slot not in SLOTS:
             raise TypeError(f"a method has no slot {slot!r}; {_hint(slot, SLOTS)}the slots are: {_listed(SLOTS)}")
         if slot == "shapers":
             if not isinstance(inner, Mapping):
                 raise TypeError(f"shapers map a task's name to a method, not {inner!r}")
-            slots[slot] = {task: _slot("shapers", one, tasks, task) for task, one in inner.items()}
+            slots[slot] = {task: _slot("shapers", one, tasks, built, task) for task, one in inner.items()}
         elif inner is not None:
-            slots[slot] = _slot(slot, inner, tasks)
+            slots[slot] = _slot(slot, inner, tasks, built)
             if slot == "augment":
                 tasks = check_tasks(slots[slot].extended(tasks))
     names = tuple(task.name for task in tasks)
@@ -106,8 +108,13 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
     return Method(**slots)
 
 
-def _slot(slot: str, spec: Any, tasks: Sequence[Task], task: str | None = None) -> Any:
-    filled = getattr(make_method(spec, tasks), slot)
+def _slot(slot: str, spec: Any, tasks: Sequence[Task], built: list[tuple[Any, Method]], task: str | None = None) -> Any:
+    wanted = {"name": spec} if isinstance(spec, str) else spec
+    method = next((method for known, method in built if known == wanted), None)
+    if method is None:
+        method = make_method(spec, tasks)
+        built.append((wanted, method))
+    filled = getattr(method, slot)
     if task is not None:
         filled = filled.get(task)
     if filled is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -36,6 +36,35 @@ class Recall(Protocol):
 
     def hindsight(self, part: Part, mode: Mode, among: Collection[int]) -> Tensor | None:
         """See `Signals.hindsight`."""
+
+    def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
+        """See `Signals.hindsight_elements`."""
+
+
+class Ahead(Protocol):
+    """What can be known of the step that is being taken."""
+
+    def derivative(self, weights: Tensor, part: Part, mode: Mode, among: Collection[int]) -> Tensor:
+        """See `Signals.lookahead`."""
+
+    def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
+        """See `Signals.lookahead_elements`."""
+
+
+@dataclass(frozen=True)
+class ElementSlopes:
+    """How a loss after a step depends on the weight of each element of a task's loss in it; of this process.
+
+    Attributes:
+        slopes: −α ⟨v, ∇d_i⟩ ``[N, *]``, 0 where there is no label; the derivative by the weight of element i is that
+            divided by the number of labelled elements, for the loss is their mean.
+        mask: which elements are labelled ``[N, *]``.
+        target: the labels that the step had.
+    """
+
+    slopes: Tensor
+    mask: Tensor
+    target: Any
 
 
 @dataclass(frozen=True)
@@ -74,6 +103,7 @@ class Signals:
         epoch: the epoch the training loop set on the step.
         part: the parameters whose gradients the rule weighs that is asked now: ``"shared"``, ``"specific"`` or
             ``"all"``, by the slots it fills.
+        read_norms: what `norms` was asked for in this step, by place.
     """
 
     def __init__(
@@ -83,7 +113,7 @@ class Signals:
         iteration: int,
         epoch: int,
         recall: Recall,
-        lookahead: Callable[[Tensor, Part, Mode, Collection[int]], Tensor] | None = None,
+        lookahead: Ahead | None = None,
     ) -> None:
         self.tasks = tuple(task.name for task in tasks)
         self.primary = torch.tensor([task.primary for task in tasks])
@@ -92,6 +122,7 @@ class Signals:
         self._tasks = tuple(tasks)
         self._passes = passes
         self._gramians: dict[str, Tensor] = {}
+        self.read_norms: dict[str, Tensor] = {}
         self._progress = functools.cache(recall.progress)
         self._recall = recall
         self._lookahead = lookahead
@@ -107,14 +138,11 @@ class Signals:
             MissingKey: for an unknown task, or an objective it does not have; one of several must be named.
             ValueError: if the task's loss is a scalar, or the batch has no label for it.
         """
-        t = self._index(task)
-        names = tuple(self._tasks[t].objectives)
-        if objective not in (names or (None,)):
-            raise MissingKey(f"task {task!r} has no objective {objective!r}; its objectives are: {_listed(names)}")
+        t, k = self._index(task), self._objective(task, objective)
         found = self._passes.elements[t]
         if found is None:
             raise ValueError(f"task {task!r} has no label in this batch, so there are no element losses")
-        losses, mask = found[names.index(objective) if objective is not None else 0]
+        losses, mask = found[k]
         if losses.ndim == 0:
             raise ValueError(
                 f"the element losses of task {task!r} were asked for, but its loss returned a scalar; "
@@ -137,6 +165,20 @@ class Signals:
         totals, counts = parallel.add(summed)
         return totals / counts.clamp(min=1), counts > 0
 
+    def target(self, task: str) -> Any:
+        """The labels of one task in this batch, of this process; None if it has none.
+
+        Raises:
+            MissingKey: for an unknown task.
+        """
+        return self._passes.targets[self._index(task)]
+
+    def _objective(self, task: str, objective: str | None) -> int:
+        names = tuple(self._tasks[self._index(task)].objectives)
+        if objective not in (names or (None,)):
+            raise MissingKey(f"task {task!r} has no objective {objective!r}; its objectives are: {_listed(names)}")
+        return 0 if objective is None else names.index(objective)
+
     def _index(self, task: str) -> int:
         if task not in self.tasks:
             raise MissingKey(f"there is no task {task!r}; the tasks are: {_listed(self.tasks)}")
@@ -144,9 +186,14 @@ class Signals:
 
     def norms(self, at: Place) -> Tensor:
         """Norm of every task's gradient ``[T]``, at the shared features or over the shared parameters."""
+        if _place(at) not in self.read_norms:
+            self.read_norms[at] = self._norms(at)
+        return self.read_norms[at]
+
+    def _norms(self, at: Place) -> Tensor:
         if at in self._gramians:
             return self._gramians[at].diagonal().sqrt()
-        if _place(at) == "parameters":
+        if at == "parameters":
             return self._finite(torch.linalg.vector_norm(self.gradients(at), dim=1))
         norms = list(torch.zeros_like(self.losses))
         for domain in self._passes.domains:
@@ -155,6 +202,27 @@ class Signals:
             for t, norm in zip(domain.tasks, of_domain, strict=True):
                 norms[t] = norm
         return self._finite(parallel.add(torch.stack(norms).square()).sqrt())
+
+    def norm_of_sum(self, weights: Tensor, at: Place) -> Tensor:
+        """Norm of the tasks' gradients' weighted sum (0-dim), at the shared features or over the shared parameters.
+
+        Tasks with different inputs have different features; the sum is over all of them.
+
+        Args:
+            weights: of the tasks ``[T]``; it may be their boolean mask.
+            at: as in `norms`.
+        """
+        if _place(at) == "parameters":
+            gradients = self.gradients(at)
+            return self._finite(torch.linalg.vector_norm(weights.to(gradients) @ gradients))
+        total = torch.zeros_like(self.losses[0])
+        for domain in self._passes.domains:
+            self._need_features(domain.cut.below)
+            gradients = self._passes.feature_gradients(domain)
+            # Indexing by a list would wait for the device.
+            of_domain = torch.stack([weights[t] for t in domain.tasks]).to(gradients) @ gradients
+            total = total + torch.linalg.vector_norm(of_domain).square().to(total)
+        return self._finite(parallel.add(total).sqrt())
 
     def gramian(self, at: Place) -> Tensor:
         """Inner products of the tasks' gradients ``[T, T]``, at the shared features or over the shared parameters.
@@ -212,7 +280,7 @@ class Signals:
 
         Args:
             weights: of the tasks in the step ``[T]``.
-            mode: ``"exact"``, by a forward-mode derivative of the encoder, which costs about two forward passes of it;
+            mode: ``"exact"``, by a forward-mode derivative of the encoder, which does the work of three forward passes;
                 ``"difference"``, by two forward passes of the encoder with displaced parameters; ``"one-sided"``, by
                 one. Heads are not run again.
             among: the tasks whose derivatives are wanted; all if None. Others get zero, and tasks with inputs of their
@@ -223,11 +291,46 @@ class Signals:
             MissingKey: for an unknown task.
             NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
         """
+        return self._finite(self._ahead().derivative(weights, self.part, _mode(mode), self._indices(among)))
+
+    def lookahead_elements(
+        self, task: str, objective: str | None = None, *, of: Sequence[str] | None = None, mode: Mode = "exact"
+    ) -> ElementSlopes | None:
+        """`lookahead` for every element of one task's loss, d_i before shaping; None without labels on this process.
+
+        The step is the one that is being taken, with the weights that its rules decided on and all parameters, so that
+        only a shaper's `update` can ask. The mean over the labelled elements of all processes is the derivative by the
+        task's weight, so that weighted means are the derivatives of shaped losses.
+
+        Costs what `lookahead` costs, but for what the mode costs: the branch and the head of the task are run with the
+        encoder. Under several processes, every process must ask.
+
+        Args:
+            task: whose elements.
+            objective: which of its objectives, if it has several.
+            of: the tasks whose unweighted validation loss is to fall; the primaries if None.
+            mode: as for `lookahead`, of the encoder with the task's branch, head and loss.
+
+        Raises:
+            ValueError: if the step was given no validation batch or no optimizer, for an unknown mode, or before the
+                step's weights are decided.
+            MissingKey: for an unknown task, or an objective it does not have.
+            NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
+        """
+        k = self._objective(task, objective)
+        found = self._ahead().elements(self._index(task), self._falling(of), _mode(mode))
+        return None if found is None else found[k]
+
+    def _ahead(self) -> Ahead:
         if self._lookahead is None:
             raise ValueError(
                 "this method looks ahead and needs step.backward(batch, validation=a_batch, optimizer=the_optimizer)"
             )
-        return self._finite(self._lookahead(weights, self.part, _mode(mode), self._indices(among)))
+        return self._lookahead
+
+    def _falling(self, of: Sequence[str] | None) -> frozenset[int]:
+        primaries = [name for name, primary in zip(self.tasks, self.primary.tolist(), strict=True) if primary]
+        return self._indices(primaries if of is None else of)
 
     def hindsight(self, *, mode: Mode = "exact", among: Sequence[str] | None = None) -> Tensor | None:
         """d(loss of this step) / d(weight of each task in the previous step), ``[T]``; None in a first step.
@@ -249,7 +352,25 @@ class Signals:
         found = self._recall.hindsight(self.part, _mode(mode), self._indices(among))
         return None if found is None else self._finite(found)
 
-    def _indices(self, among: Sequence[str] | None) -> Collection[int]:
+    def hindsight_elements(
+        self, task: str, objective: str | None = None, *, of: Sequence[str] | None = None, mode: Mode = "exact"
+    ) -> ElementSlopes | None:
+        """`hindsight` for every element that one task's loss had in the previous step, before shaping.
+
+        None in a first step, and if that step had no labels of the task on this process. Costs and arguments are those
+        of `lookahead_elements`, without a validation batch; `hindsight` says what is kept. Of the network only this
+        task's branch and head are kept with the encoder, and no gradients.
+
+        Raises:
+            ValueError: for an unknown mode; from the step, if it was given no optimizer.
+            MissingKey: for an unknown task, or an objective it does not have.
+            NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
+        """
+        k = self._objective(task, objective)
+        found = self._recall.elements(self._index(task), self._falling(of), _mode(mode))
+        return None if found is None else found[k]
+
+    def _indices(self, among: Sequence[str] | None) -> frozenset[int]:
         return frozenset(range(len(self.tasks)) if among is None else [self._index(task) for task in among])
 
     def _one_domain(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -43,11 +42,13 @@ class Report:
         decoder_weights: weights of the task-specific gradients.
         encoder_weights: weights of the shared gradients; empty under a Combiner, which has none. NaN in a step
             that a GradScaler is going to skip.
+        gradient_norms: norms of the unweighted gradients at the shared features, if a rule read them; empty otherwise.
     """
 
     losses: dict[str, Tensor]
     decoder_weights: dict[str, Tensor]
     encoder_weights: dict[str, Tensor]
+    gradient_norms: dict[str, Tensor]
 
 
 class _Finite:
@@ -220,13 +221,15 @@ class Step(nn.Module):
             recall = self._memory.recall(passes, ambient)
             lookahead = None
             if validation is not None and optimizer is not None:
-                ahead = Lookahead(self.model, self.tasks, ambient, validation, optimizer)
-                lookahead = functools.partial(ahead.derivative, passes)
+                lookahead = Lookahead(self.model, self.tasks, passes, ambient, validation, optimizer)
             signals = Signals(self.tasks, passes, self.iteration, self.epoch, recall, lookahead)
             self._check_finite(signals.losses)
             try:
                 weights = self._weigh(signals)
+                if lookahead is not None:
+                    lookahead.decided = weights
                 rule_gradients = self._rule_gradients(signals)
+                self._update_shapers(signals)
             except StepFailure:
                 # With a deferred check, what made the rule fail may be a loss of this very step.
                 self._raise_unless(_Finite(signals.losses.isfinite(), self.iteration))
@@ -247,10 +250,11 @@ class Step(nn.Module):
             losses=self._by_name(signals.losses),
             decoder_weights=self._by_name(weights.decoder),
             encoder_weights=self._by_name(weights.encoder) if weights.combined is None else {},
+            gradient_norms=self._by_name(norms) if (norms := signals.read_norms.get("features")) is not None else {},
         )
 
     def _keep_trail(self, passes: Passes, ambient: torch.autocast, optimizer: torch.optim.Optimizer | None) -> None:
-        if self._memory.wants_hindsight:
+        if self._memory.wants_hindsight or self._memory.wants_elements:
             if optimizer is None:
                 raise ValueError("a rule looks back at each step and needs step.backward(batch, optimizer=...)")
             self._memory.keep_trail(passes, ambient, optimizer)
@@ -303,6 +307,12 @@ class Step(nn.Module):
             signals.part = "specific"
             decoder = self._weights_of(self.decoder, signals)
         return Weights(encoder, decoder, combined)
+
+    def _update_shapers(self, signals: Signals) -> None:
+        signals.part = "all"
+        for shaper in self.shapers.values():
+            assert isinstance(shaper, Shaper)
+            shaper.update(signals)
 
     def _weights_of(self, rule: Weighting, signals: Signals) -> Tensor:
         weights = rule(signals)

@@ -8,6 +8,8 @@ from sidetask_datasets.dataset import Dataset
 from sidetask_datasets.digits import digits
 from sidetask_datasets.files import DataError
 from sidetask_datasets.frames import frames
+from sidetask_datasets.noise import with_noise
+from sidetask_datasets.pseudo import pseudo, pseudo_label, thresholded, with_pseudo
 from sidetask_datasets.scenes import scenes
 from sidetask_datasets.split import ResidentSplit, Split
 from sidetask_datasets.view import View, gallery, palette
@@ -24,5 +26,10 @@ __all__ = [
     "frames",
     "gallery",
     "palette",
+    "pseudo",
+    "pseudo_label",
     "scenes",
+    "thresholded",
+    "with_noise",
+    "with_pseudo",
 ]

@@ -19,7 +19,8 @@ class Augmentation:
 
     A window of 1/scale of the height and width, at a random place, is enlarged to the full size: image bilinear, labels
     nearest, depth divided by the scale. A flip also negates the x component of normals. As no scale is
-    below 1, nothing is ever padded. Edges are enlarged as labels are, and so get as much wider.
+    below 1, nothing is ever padded. Edges are enlarged as labels are, and so get as much wider. Tokens, whose patches
+    the window need not meet, are mixed bilinearly.
 
     Args:
         scales: one is drawn with equal probability. (1.0, 1.2, 1.5) in MTAN's and Auto-λ's NYUv2 protocol.
@@ -51,7 +52,7 @@ class Augmentation:
 
         Args:
             image: ``[n, C, H, W]`` float.
-            targets: as a batch has them, each of the size of the image.
+            targets: as a batch has them, each of the size of the image; tokens of any.
             kinds: the kind of each target; labels of whole images stay as they are.
             numbers: ``[n, 4]`` uniform in [0, 1).
         """
@@ -66,7 +67,9 @@ class Augmentation:
         moved = {}
         for name, target in targets.items():
             kind = kinds[name]
-            if kind != "label":
+            if kind == "tokens":
+                target = self._tokens(target, scale, flip, numbers)
+            elif kind not in ("label", "soft"):
                 target = _sample_nearest(target, rows, columns)
             if kind == "depth":
                 target = target / scale.view(-1, 1, 1, 1)
@@ -75,6 +78,13 @@ class Augmentation:
                 target = torch.cat([target[:, :1] * sign.view(-1, 1, 1, 1), target[:, 1:]], dim=1)
             moved[name] = target
         return image, moved
+
+    def _tokens(self, target: Tensor, scale: Tensor, flip: Tensor, numbers: Tensor) -> Tensor:
+        """The window in the coordinates of a coarser grid; a mixture of distributions is one."""
+        height, width = target.shape[-2:]
+        columns = _window(width, scale, numbers[:, 2])
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+        return _sample_linear(target, _window(height, scale, numbers[:, 1]), columns)
 
 
 def _window(size: int, scale: Tensor, place: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Kind = Literal["image", "classes", "depth", "normals", "edges", "label"]
+Kind = Literal["image", "classes", "depth", "normals", "edges", "label", "soft", "tokens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,8 @@ class Column:
     normals   int8 or int16 ``[N, 3, H, W]``, any scale  float32 ``[n, 3, H, W]``, unit or 0 = unlabelled
     edges     uint8 ``[N, H, W]``, 255 unlabelled        int64 ``[n, 1, H, W]``: 1, 0, or −1 unlabelled
     label     int16 ``[N]``, negative unlabelled         int64 ``[n]``
+    soft      float16 ``[N, K]``, 0 unlabelled           float32 ``[n, K]``: a distribution, or 0 = unlabelled
+    tokens    float16 ``[N, K, h, w]``, 0 unlabelled     float32 ``[n, K, h, w]``: the same for every patch
     ========= ========================================== =====================================================
 
     Depth is held in an int16 tensor as the bits of an unsigned number (0 to 65.535 m): torch has few
@@ -87,6 +89,10 @@ class Column:
                 return unit(rows.to(torch.float32))
             case "label":
                 return rows.to(torch.int64)
+            case "soft" | "tokens":
+                shares = rows.to(torch.float32)
+                total = shares.sum(dim=1, keepdim=True)
+                return torch.where(total > 0, shares / total, 0.0)
 
 
 _STORED: dict[str, tuple[int, tuple[torch.dtype, ...]]] = {
@@ -96,6 +102,8 @@ _STORED: dict[str, tuple[int, tuple[torch.dtype, ...]]] = {
     "normals": (4, (torch.int8, torch.int16)),
     "edges": (3, (torch.uint8,)),
     "label": (1, (torch.int16,)),
+    "soft": (2, (torch.float16,)),
+    "tokens": (4, (torch.float16,)),
 }
 
 

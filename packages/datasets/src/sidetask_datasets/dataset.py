@@ -101,6 +101,13 @@ def check_seed(seed: object) -> None:
         raise ValueError(f"seed is a whole number, found {seed!r}")
 
 
+def check_switches(**switches: object) -> None:
+    """Refuse what is neither true nor false, naming which; ``off`` is a text in YAML, and a text would mean yes."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is true or false, found {value!r}")
+
+
 def check_counts(**counts: object) -> None:
     """Refuse a number of samples below 1, naming which."""
     for name, count in counts.items():

@@ -24,7 +24,7 @@ from torch import Tensor
 from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.columns import Column
-from sidetask_datasets.dataset import Dataset, check_counts, check_seed, choose, choose_primary
+from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
 from sidetask_datasets.files import (
     DataError,
     check_apart,
@@ -34,6 +34,7 @@ from sidetask_datasets.files import (
     read_ids,
     read_picture,
 )
+from sidetask_datasets.noise import with_noise
 from sidetask_datasets.split import ResidentSplit
 from sidetask_datasets.view import View
 
@@ -69,6 +70,7 @@ def frames(
     primary: Iterable[str] | None = None,
     seed: int = 0,
     normals_loss: str = "cosine",
+    noise: bool = False,
     device: torch.device | str = "cpu",
 ) -> Dataset:
     """A folder of frames in the tree above, decoded once into compact tensors on the device.
@@ -80,20 +82,23 @@ def frames(
         size: height and width to bring frames to: images by averaging, labels by the nearest pixel; None: as they are.
         classes: names in order of the ids in the label pictures; NYUv2's 13 by default.
         primary: the tasks that count; None for all.
-        seed: changes nothing, since the files say what is in which split; every dataset takes one.
+        seed: of `noise`, and of nothing else, since the files say what is in which split.
         normals_loss: "cosine", "l1" or "elements", see `losses`.
+        noise: add an auxiliary task "noise", see `with_noise`.
         device: where the frames live.
 
     Raises:
         DataError: a ValueError that begins with the path of the file at fault: a root, list or picture that is missing,
             an id that could leave the folder, is repeated or is in both splits, an empty list, a picture that cannot be
             decoded or has other pixels or another size than expected, a class id that has no name.
-        ValueError: for an unknown task or loss, or if nothing is left to train on.
+        ValueError: for an unknown task or loss, a switch that is neither true nor false, or if nothing is left to train
+            on.
     """
     names = choose("task", tasks, TASKS)
     wanted = choose_primary(primary, names)
     check_counts(validation=validation)
     check_seed(seed)
+    check_switches(noise=noise)
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size is a height and a width in pixels, found {size!r}")
     root = Path(root)
@@ -122,7 +127,7 @@ def frames(
         "normals": View("normals"),
     }
     outputs = {"segmentation": len(classes), "depth": 1, "normals": 3}
-    return Dataset(
+    data = Dataset(
         name="frames",
         tasks=chosen,
         train=load(lists["train"], Augmentation()),
@@ -133,6 +138,7 @@ def frames(
         input_view=View("image", mean=MEAN, std=STD),
         dense=True,
     )
+    return with_noise(data, seed) if noise else data
 
 
 def _path(root: Path, folder: str, id_: str) -> Path:

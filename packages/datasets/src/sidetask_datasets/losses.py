@@ -40,6 +40,43 @@ def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
     return functional.cross_entropy(prediction.float(), target, ignore_index=-1, reduction="none")
 
 
+def distributed(target: Tensor) -> Tensor:
+    """Which distributions ``[N, K, *]`` count, ``[N, *]``: those that are not zero."""
+    return (target != 0).any(dim=1)
+
+
+def soft_cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy with a distribution of every image or patch, ``[N, *]``.
+
+    Args:
+        prediction: logits ``[N, K]``, or ``[N, K, H, W]``, of which patches or the whole image are averaged.
+        target: distributions ``[N, K]``, or ``[N, K, h, w]``, where h and w divide H and W.
+
+    >>> target = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    >>> soft_cross_entropy(torch.zeros(1, 4), target), soft_cross_entropy(torch.zeros(1, 4, 6, 8), target)
+    (tensor([1.3863]), tensor([1.3863]))
+    """
+    return -(target * over_patches(prediction.float(), target).log_softmax(dim=1)).sum(dim=1)
+
+
+def over_patches(prediction: Tensor, target: Tensor) -> Tensor:
+    """Logits averaged over the patches of a target, so that both have its shape.
+
+    Raises:
+        ValueError: if they have other classes, or the patches do not divide the prediction.
+    """
+    grid = target.shape[2:] or (1, 1)
+    fits = prediction.shape[:2] == target.shape[:2] and (prediction.ndim == target.ndim or prediction.ndim == 4)
+    if not fits or any(size % count for size, count in zip(prediction.shape[2:], grid, strict=False)):
+        raise ValueError(f"prediction {list(prediction.shape)} does not fit distributions {list(target.shape)}")
+    if prediction.ndim == 2:
+        return prediction
+    n, classes, height, width = prediction.shape
+    # Adaptive pooling has no repeatable gradient on CUDA.
+    patches = prediction.reshape(n, classes, grid[0], height // grid[0], grid[1], width // grid[1])
+    return patches.mean(dim=(3, 5)).reshape(target.shape)
+
+
 def absolute(prediction: Tensor, target: Tensor) -> Tensor:
     """L1, in the target's unit: depth ``[N, 1, H, W]`` in metres."""
     _same_shape(prediction, target)

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from sidetask_datasets.columns import lengths
+from sidetask_datasets.losses import distributed, over_patches
 
 _NAN = float("nan")
 
@@ -58,6 +59,68 @@ class MeanIoU(Metric):
         both = self.confusion.diag().double()
         either = (self.confusion.sum(0) + self.confusion.sum(1)).double() - both
         return (both / either)[either > 0].mean()
+
+
+class Agreement(Metric):
+    """Share of labelled images or patches whose likeliest class is that of the target; in [0, 1].
+
+    >>> metric = Agreement()
+    >>> metric.update(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([[0.4, 0.6], [0.1, 0.9]]))
+    >>> metric.compute()
+    tensor(0.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    right: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("right", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add logits and distributions as `losses.soft_cross_entropy` takes them."""
+        mask = distributed(target)
+        same = over_patches(prediction.float(), target).argmax(dim=1) == target.argmax(dim=1)
+        self.right += (same & mask).sum()
+        self.count += mask.sum()
+
+    def compute(self) -> Tensor:
+        """The share."""
+        return self.right.double() / self.count
+
+
+class AbsoluteError(Metric):
+    """Mean absolute error over all elements; lower is better. In double precision, unlike torchmetrics' own.
+
+    >>> metric = AbsoluteError()
+    >>> metric.update(torch.tensor([0.5, 0.5]), torch.tensor([0.0, 0.75]))
+    >>> metric.compute()
+    tensor(0.3750, dtype=torch.float64)
+    """
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add values of one shape."""
+        self.total += (prediction.double() - target.double()).abs().sum()
+        self.count += target.numel()
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        return self.total / self.count
 
 
 DepthKind = Literal["absolute", "relative", "rmse"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -38,6 +39,26 @@ class Split(ABC):
     @abstractmethod
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
         """The samples `ids` (``[n]`` int64 on the split's device), augmented for this seed and epoch if asked."""
+
+    def with_targets(self, targets: Mapping[str, Column]) -> Split:
+        """The same samples with further targets, which are augmented with them.
+
+        Raises:
+            ValueError: if samples are new in every epoch, so that nothing can be said of them beforehand.
+        """
+        raise ValueError(f"a {type(self).__name__} makes new samples in every epoch; labels are for samples that stay")
+
+    def checksum(self) -> int:
+        """A number that tells these inputs from others.
+
+        Raises:
+            ValueError: as for `with_targets`.
+        """
+        raise ValueError(f"a {type(self).__name__} makes new samples in every epoch; labels are for samples that stay")
+
+    def identify(self, ids: Tensor, epoch: int) -> Tensor:
+        """What tells samples of all epochs apart: the ids themselves, unless every epoch has samples of its own."""
+        return ids
 
     def __getitem__(self, indices: int | slice | Sequence[int] | Tensor) -> Batch:
         """Unaugmented samples, as a batch (of one, for a single index).
@@ -169,6 +190,14 @@ class ResidentSplit(Split):
         """The same samples on `device`."""
         targets = {name: column.to(device) for name, column in self.targets.items()}
         return ResidentSplit(self.inputs.to(device), targets, self.augmentation)
+
+    def with_targets(self, targets: Mapping[str, Column]) -> ResidentSplit:
+        """The same samples with further targets, which are augmented with them."""
+        return ResidentSplit(self.inputs, {**self.targets, **targets}, self.augmentation)
+
+    def checksum(self) -> int:
+        """A number that tells these inputs from others: the CRC-32 of what is stored."""
+        return zlib.crc32(self.inputs.data.cpu().numpy().tobytes())
 
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
         """The samples `ids`, read and augmented on the device."""

@@ -83,6 +83,22 @@ def edges(name: str = "edges", primary: bool = True) -> Task:
     )
 
 
+def distribution(name: str, primary: bool = False) -> Task:
+    """A distribution over classes for every image or patch: cross-entropy with it; agreement of the likeliest class."""
+    return Task(
+        name,
+        loss=losses.soft_cross_entropy,
+        valid=losses.distributed,
+        metrics={"agreement": metrics.Agreement()},
+        primary=primary,
+    )
+
+
+def noise(name: str = "noise") -> Task:
+    """Noise to predict, never primary: L1; mean absolute error. See `noise.with_noise`."""
+    return Task(name, loss=losses.absolute, metrics={"absolute": metrics.AbsoluteError()}, primary=False)
+
+
 def dense(name: str, classes: int, primary: bool = True, normals_loss: str = "cosine") -> Task:
     """The task that a dense dataset has under this name: "depth", "normals", "edges"; any other is a segmentation.
 

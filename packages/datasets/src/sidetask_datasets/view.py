@@ -14,7 +14,7 @@ from torch import Tensor
 
 Colour = tuple[int, int, int]
 Pixels = NDArray[numpy.uint8]
-ViewKind = Literal["image", "classes", "scalar", "normals", "edges", "label"]
+ViewKind = Literal["image", "classes", "scalar", "normals", "edges", "label", "distribution"]
 
 UNLABELLED: Colour = (0, 0, 0)
 # Dark violet to light yellow, of evenly rising lightness: near is bright.
@@ -36,7 +36,8 @@ class View:
     label    0-dim integer                         ``[C]`` logits               the class's name
     ======== ===================================== ============================ ============================
 
-    Integer tensors are read as labels, floating ones as predictions.
+    A ``distribution`` ``[K]`` or ``[K, h, w]``, 0 unlabelled, and its prediction, logits ``[K]`` or ``[K, H, W]``, are
+    drawn as the likeliest class, each in its colour. Integer tensors are read as labels, floating ones as predictions.
 
     Args:
         kind: a row of the table.
@@ -77,7 +78,7 @@ class View:
             ValueError: if the tensor has not the dimensions that the kind has in the table.
         """
         sample = sample.detach().cpu()
-        allowed = {"label": (0, 1), "classes": (2, 3)}.get(self.kind, (3,))
+        allowed = {"label": (0, 1), "classes": (2, 3), "distribution": (1, 3)}.get(self.kind, (3,))
         if sample.ndim not in allowed:
             wanted = " or ".join(str(n) for n in allowed)
             raise ValueError(f"a view of {self.kind} draws {wanted} dimensions, found {list(sample.shape)}")
@@ -97,6 +98,10 @@ class View:
             case "edges":
                 shown = sample[0].float().sigmoid() if sample.is_floating_point() else sample[0].clamp(min=0).float()
                 return _bytes((255.0 * shown)[..., None].expand(-1, -1, 3))
+            case "distribution":
+                maps = sample.float() if sample.ndim == 3 else sample.float().view(-1, 1, 1).expand(-1, *self.size)
+                ids = torch.where((maps != 0).any(dim=0), maps.argmax(dim=0), -1)
+                return _bytes(torch.tensor([*self.colours, UNLABELLED])[ids])
             case "label":
                 index = int(sample.float().argmax()) if sample.ndim else int(sample)
                 return self._tile("?" if index < 0 else self.classes[index])

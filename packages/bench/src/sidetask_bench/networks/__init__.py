@@ -6,5 +6,6 @@ own by declaring one.
 
 from sidetask_bench.networks.convolutional import small
 from sidetask_bench.networks.resnet import deeplabv3
+from sidetask_bench.networks.unet import unet
 
-__all__ = ["deeplabv3", "small"]
+__all__ = ["deeplabv3", "small", "unet"]

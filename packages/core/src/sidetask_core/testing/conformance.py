@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import tempfile
@@ -90,10 +91,12 @@ class _Conformance:
                 step.encoder.register_forward_hook(lambda rule, given, output, seen=combined: seen.append(output))
             for batch in batches(5):
                 step.zero_grad()
+                # They learn in the step, after they have weighed it.
+                shapers = copy.deepcopy(dict(step.shapers.items()))
                 report = backward(step, batch)
                 decoder = list(report.decoder_weights.values())
                 encoder = list(report.encoder_weights.values()) or decoder
-                expected = brute_force(step.model, step.tasks, batch, encoder, decoder, dict(step.shapers.items()))
+                expected = brute_force(step.model, step.tasks, batch, encoder, decoder, shapers)
                 if isinstance(step.encoder, Combiner):
                     expected |= _by_hand(step.model, batch, step.encoder.at, combined[-1])
                 found = gradients(step.model)

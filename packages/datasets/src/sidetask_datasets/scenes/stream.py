@@ -33,6 +33,7 @@ class Recipe:
     seed: int = 0
     difficulty: float = 0.5
     label_noise: float = 0.0
+    random_classes: int = 0
     samples: int = 1
 
     def cook(self, ids: Tensor, augmentation: Augmentation | None = None) -> ResidentSplit:
@@ -59,7 +60,7 @@ class Recipe:
         images = images + (0.01 + 0.03 * self.difficulty) * noise
         labels = spoil(labels, self.seed, ids, self.label_noise)
         packed = {
-            "segmentation": labels.segmentation.to(torch.uint8),
+            "segmentation": obscure(labels.segmentation, self.seed, ids, self.random_classes).to(torch.uint8),
             "parts": labels.parts.to(torch.uint8),
             "depth": pack_depth(labels.depth),
             "normals": pack_normals(labels.normals),
@@ -109,6 +110,23 @@ def spoil(labels: Labels, seed: int, ids: Tensor, amount: float) -> Labels:
     )
 
 
+def obscure(segmentation: Tensor, seed: int, ids: Tensor, classes: int) -> Tensor:
+    """Half of the pixels given to further classes that say nothing, evenly and the same whenever a scene is rendered.
+
+    >>> import torch
+    >>> labels = obscure(torch.zeros(1, 32, 32, dtype=torch.int64), 0, torch.tensor([0]), 2)
+    >>> [round((labels == c).float().mean().item(), 1) for c in (0, len(CLASSES), len(CLASSES) + 1)]
+    [0.5, 0.3, 0.2]
+    """
+    if not classes:
+        return segmentation
+    pixels = segmentation[0].numel()
+    numbers = draws.uniform(draws.key(seed, "random classes"), ids, 2 * pixels).view(
+        len(ids), 2, *segmentation.shape[1:]
+    )
+    return torch.where(numbers[:, 0] < 0.5, len(CLASSES) + (numbers[:, 1] * classes).long(), segmentation)
+
+
 class SceneStream(Split):
     """New scenes in every epoch: epoch e of a stream of n has the scenes e·n to (e + 1)·n − 1, rendered as needed.
 
@@ -150,13 +168,16 @@ class SceneStream(Split):
         """The same stream, rendered on `device`."""
         return SceneStream(self.recipe, self.number, self.augmentation, device)
 
+    def identify(self, ids: Tensor, epoch: int) -> Tensor:
+        """The numbers of the scenes that have these ids in this epoch."""
+        return (ids + epoch * self.number) % TRAINING
+
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
         """The scenes `ids` of this epoch."""
-        scenes = (ids + epoch * self.number) % TRAINING
-        split = self.recipe.cook(scenes, self.augmentation)
+        split = self.recipe.cook(self.identify(ids, epoch), self.augmentation)
         return split.make(torch.arange(len(ids), device=self.device), seed=seed, epoch=epoch, augment=augment)
 
 
 def clean(recipe: Recipe) -> Recipe:
-    """The recipe for validation and test: without label noise."""
-    return replace(recipe, label_noise=0.0)
+    """The recipe for validation and test: without label noise and classes that say nothing."""
+    return replace(recipe, label_noise=0.0, random_classes=0)

@@ -1,0 +1,107 @@
+"""A task that nothing can teach: noise to predict beside the tasks of any dense dataset.
+
+What a method of auxiliary learning does with it is a check of the method (Liu, James, Davison, Johns, "Auto-λ:
+Disentangling dynamic task relationships", TMLR 2022): a method that asks which tasks help should find that this one
+does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from sidetask_core import Batch
+from torch import Tensor
+
+from sidetask_datasets import draws, tasks
+from sidetask_datasets.columns import Column
+from sidetask_datasets.dataset import Dataset, check_seed
+from sidetask_datasets.split import Split
+from sidetask_datasets.view import View
+
+NAME = "noise"
+
+
+def with_noise(dataset: Dataset, seed: int = 0) -> Dataset:
+    """The dataset with one more task, "noise": an auxiliary one, whose target is a map of noise for each sample.
+
+    Targets are float32 ``[N, 1, H, W]``, uniform in [0, 1), independent from pixel to pixel; the loss is L1, the metric
+    the mean absolute error. Only a memory of the samples predicts them better than the constant 1/2, whose error is
+    1/4. A sample has the same noise in every epoch, order, batch size and process, and on every device. Augmentation
+    leaves it where it is: noise that moved with the image would be noise all the same.
+
+    Args:
+        dataset: whose tasks label pixels.
+        seed: of the noise.
+
+    Raises:
+        ValueError: if its tasks label whole images, or one of them is called "noise".
+
+    >>> from sidetask_datasets import scenes
+    >>> data = with_noise(scenes(size=(12, 16), train=4, validation=2, test=2, tasks=["depth"]))
+    >>> [(task.name, task.primary) for task in data.tasks], data.train[0].targets["noise"].shape
+    ([('depth', True), ('noise', False)], torch.Size([1, 1, 12, 16]))
+    """
+    check_seed(seed)
+    if not dataset.dense:
+        raise ValueError(f"dataset {dataset.name!r} labels whole images; noise is for datasets that label pixels")
+    if NAME in (task.name for task in dataset.tasks):
+        raise ValueError(f"dataset {dataset.name!r} has a task {NAME!r} already")
+
+    def noisy(split: Split, name: str) -> NoisySplit:
+        return NoisySplit(split, draws.key(seed, "noise task", name))
+
+    return replace(
+        dataset,
+        tasks=(*dataset.tasks, tasks.noise(NAME)),
+        train=noisy(dataset.train, "train"),
+        validation=noisy(dataset.validation, "validation"),
+        test=noisy(dataset.test, "test"),
+        outputs={**dataset.outputs, NAME: 1},
+        views={**dataset.views, NAME: View("scalar")},
+    )
+
+
+class NoisySplit(Split):
+    """A split whose batches have one more target, "noise", drawn on the device as they are made.
+
+    Args:
+        split: what the rest comes from.
+        key: of the noise, see `draws.key`.
+    """
+
+    def __init__(self, split: Split, key: int) -> None:
+        self.split = split
+        self.key = key
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches appear."""
+        return self.split.device
+
+    def to(self, device: torch.device | str) -> NoisySplit:
+        """The same samples and the same noise on `device`."""
+        return NoisySplit(self.split.to(device), self.key)
+
+    def identify(self, ids: Tensor, epoch: int) -> Tensor:
+        """What tells the samples of the split apart."""
+        return self.split.identify(ids, epoch)
+
+    def with_targets(self, targets: Mapping[str, Column]) -> NoisySplit:
+        """The same samples and noise, with further targets."""
+        return NoisySplit(self.split.with_targets(targets), self.key)
+
+    def checksum(self) -> int:
+        """That of the split, for noise is no input."""
+        return self.split.checksum()
+
+    def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
+        """The samples `ids` of the split, with noise of their inputs' size."""
+        batch = self.split.make(ids, seed=seed, epoch=epoch, augment=augment)
+        height, width = batch.inputs.shape[-2:]
+        noise = draws.uniform(self.key, self.identify(ids, epoch), height * width)
+        return replace(batch, targets={**batch.targets, NAME: noise.view(-1, 1, height, width)})

@@ -1,0 +1,167 @@
+import pytest
+import torch
+from sidetask_core import SplitModel, Step
+from sidetask_core.plugins import make_method
+from sidetask_datasets import Augmentation, Column, Dataset, ResidentSplit, View, digits, scenes, tasks, with_noise
+from sidetask_datasets.noise import NoisySplit
+from sidetask_datasets.scenes.stream import Recipe, SceneStream
+
+SIZE = (24, 32)
+NAMES = ("segmentation", "depth")
+OPTIONS = {"size": SIZE, "train": 12, "validation": 5, "test": 5, "tasks": NAMES}
+PLAIN, NOISY = scenes(**OPTIONS), scenes(**OPTIONS, noise=True)
+STREAM = scenes(**OPTIONS, noise=True, stream=True)
+SPLITS = ("train", "validation", "test")
+
+
+def noise(split, ids=slice(None)):
+    return split[ids].targets["noise"]
+
+
+def by_picture(batches):
+    """Noise by what identifies a sample in a batch that is not augmented: its picture."""
+    found = {}
+    for batch in batches:
+        for picture, target in zip(batch.inputs, batch.targets["noise"], strict=True):
+            found[picture.numpy().tobytes()] = target.numpy().tobytes()
+    return found
+
+
+def test_it_is_uniform_and_independent_of_place_and_of_the_pixel_beside():
+    values = torch.cat([noise(getattr(NOISY, split)) for split in SPLITS]).double()
+    assert values.dtype == torch.float64
+    assert values.min() >= 0
+    assert values.max() < 1
+    count = values.numel()
+    # Deviations of the mean, the variance and ten shares, in units of their standard errors.
+    assert abs(values.mean() - 1 / 2) * (12 * count) ** 0.5 < 4
+    assert abs(values.square().mean() - 1 / 3) * (45 / 4 * count) ** 0.5 < 4
+    shares = torch.histc(values, 10, 0, 1) / count
+    assert ((shares - 0.1).abs() * (count / 0.09) ** 0.5 < 4).all()
+    centred = values - 0.5
+    for shift in (centred[..., 1:] * centred[..., :-1], centred[..., 1:, :] * centred[..., :-1, :]):
+        assert abs(shift.mean()) * 12 * shift.numel() ** 0.5 < 4
+    # A place that knew its value would give it away in the mean over samples.
+    assert centred.mean(0).std().item() == pytest.approx((12 * len(values)) ** -0.5, rel=0.1)
+
+
+def test_samples_have_noise_of_their_own_in_every_split():
+    maps = torch.cat([noise(getattr(NOISY, split)) for split in SPLITS]).flatten(1).double() - 0.5
+    correlation = 12 * (maps @ maps.T) / maps.shape[1]
+    others = correlation[~torch.eye(len(maps), dtype=torch.bool)]
+    assert others.abs().max() * maps.shape[1] ** 0.5 < 5
+
+
+def test_it_belongs_to_the_sample_whatever_the_order_batch_epoch_and_process():
+    whole = noise(NOISY.train)
+    assert torch.equal(noise(NOISY.train, [7, 2]), whole[[7, 2]])
+    assert torch.equal(noise(scenes(**OPTIONS, noise=True).train), whole)
+    expected = by_picture(NOISY.train.batches(12, shuffle=False, augment=False))
+    assert len(expected) == 12
+    for options in ({"epoch": 3}, {"seed": 5}, {"batch_size": 5, "drop_last": False}, {"start": 2, "batch_size": 3}):
+        options = {"batch_size": 4, "augment": False} | options
+        found = by_picture(NOISY.train.batches(**options))
+        assert found.items() <= expected.items()
+        assert len(found) == (6 if "start" in options else 12)
+
+
+@pytest.mark.parametrize("data", [NOISY, STREAM], ids=["kept", "stream"])
+def test_ranks_share_it_and_a_resumed_epoch_goes_on_with_it(data):
+    def targets(**options):
+        return [batch.targets["noise"] for batch in data.train.batches(4, seed=1, epoch=2, **options)]
+
+    whole = targets()
+    shares = zip(*(targets(rank=rank, world=2) for rank in range(2)), strict=True)
+    assert all(torch.equal(torch.cat(share), batch) for share, batch in zip(shares, whole, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole[1:], targets(start=1), strict=True))
+
+
+def test_augmentation_leaves_it_where_it_is():
+    plain, moved = (next(NOISY.train.batches(12, shuffle=False, augment=augment)) for augment in (False, True))
+    assert not torch.equal(plain.inputs, moved.inputs)
+    assert torch.equal(plain.targets["noise"], moved.targets["noise"])
+
+
+def test_new_scenes_of_a_stream_have_new_noise():
+    first, second = (next(STREAM.train.batches(12, epoch=e, shuffle=False)).targets["noise"] for e in (0, 1))
+    assert not (first == second).all(dim=(1, 2, 3)).any()
+    assert torch.equal(first, noise(NOISY.train))
+    twice = SceneStream(Recipe(("depth",), SIZE), 24)
+    later = next(NoisySplit(twice, STREAM.train.key).batches(24, shuffle=False)).targets["noise"]
+    assert torch.equal(later, torch.cat([first, second]))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_other_tasks_and_their_targets_stay_as_they_were(split):
+    for augment in (False, True):
+        options = {"batch_size": 5, "seed": 2, "augment": augment}
+        for plain, noisy in zip(
+            getattr(PLAIN, split).batches(**options), getattr(NOISY, split).batches(**options), strict=True
+        ):
+            assert torch.equal(plain.inputs, noisy.inputs)
+            assert list(noisy.targets) == [*plain.targets, "noise"]
+            assert all(torch.equal(target, noisy.targets[name]) for name, target in plain.targets.items())
+    for before, after in zip(PLAIN.tasks, NOISY.tasks, strict=False):
+        assert (before.name, before.primary, list(before.metrics)) == (after.name, after.primary, list(after.metrics))
+
+
+def test_seeds_differ_and_it_may_have_one_of_its_own():
+    assert not torch.equal(noise(with_noise(PLAIN, 1).train), noise(NOISY.train))
+    assert torch.equal(noise(with_noise(PLAIN, 0).train), noise(NOISY.train))
+
+
+def test_it_is_an_auxiliary_task_that_is_not_deployed():
+    for data in (NOISY, scenes(**OPTIONS, noise=True, primary=["depth"])):
+        assert [task.primary for task in data.tasks if task.name == "noise"] == [False]
+    with pytest.raises(ValueError, match="unknown primary task 'noise'; there are: segmentation, depth"):
+        scenes(**OPTIONS, noise=True, primary=["noise"])
+    heads = {name: torch.nn.Conv2d(4, count, 1) for name, count in NOISY.outputs.items()}
+    step = Step(SplitModel(torch.nn.Conv2d(3, 4, 1), heads), NOISY.tasks, make_method("equal", NOISY.tasks))
+    assert set(step.export().heads) == set(NAMES)
+
+
+def test_half_is_the_best_guess():
+    (task,) = (task for task in NOISY.tasks if task.name == "noise")
+    target = NOISY.train[:].target_of(task)
+    errors = {guess: task.mean(torch.full_like(target, guess), target)[0].item() for guess in (0.4, 0.5, 0.6)}
+    assert errors[0.5] == pytest.approx(0.25, abs=0.01)
+    assert min(errors, key=errors.get) == 0.5
+    (metric,) = task.metrics.values()
+    metric.reset()
+    metric.update(torch.full_like(target, 0.4), target)
+    assert metric.compute().item() == pytest.approx(errors[0.4])
+    assert NOISY.views["noise"].image(target[0]).shape == (*SIZE, 3)
+
+
+def test_any_dense_dataset_takes_it():
+    split = ResidentSplit(
+        Column(torch.zeros(3, 1, 4, 6, dtype=torch.uint8), "image"),
+        {"edges": Column(torch.zeros(3, 4, 6, dtype=torch.uint8), "edges")},
+        Augmentation(),
+    )
+    toy = Dataset(
+        name="toy",
+        tasks=(tasks.edges(),),
+        **dict.fromkeys(SPLITS, split),
+        outputs={"edges": 1},
+        views={"edges": View("edges")},
+        input_view=View("image"),
+        dense=True,
+    )
+    data = with_noise(toy)
+    assert data.to("cpu").train[0].targets["noise"].shape == (1, 1, 4, 6)
+    # One split in three places: as the validation split it has other noise than as the training split.
+    assert not torch.equal(noise(data.train), noise(data.validation))
+    with pytest.raises(ValueError, match="dataset 'toy' has a task 'noise' already"):
+        with_noise(data)
+
+
+def test_labels_of_whole_images_have_no_place_for_it():
+    with pytest.raises(ValueError, match="dataset 'digits' labels whole images"):
+        with_noise(digits(train=2, validation=2, test=2))
+
+
+@pytest.mark.parametrize("option", ["noise", "stream"])
+def test_a_switch_is_true_or_false(option):
+    with pytest.raises(ValueError, match=f"{option} is true or false, found 'off'"):
+        scenes(**OPTIONS, **{option: "off"})

@@ -13,6 +13,8 @@ from torch import nn
 OPTIONS = {
     "fixed": {"weights": {"near": 1.0, "far": 0.5, "kind": 2.0}},
     "torchjd": {"aggregator": "UPGrad"},
+    "saal-e": {"transfers": ["far->near", "kind->far"]},
+    "saal-ew": {"transfers": ["kind->near"]},
     "classwise": {"main": "near", "auxiliary": "kind", "classes": 3, "warmup": 1},
 }
 
@@ -40,14 +42,26 @@ def tasks():
     ]
 
 
+def method_of(name, tasks):
+    options = dict(OPTIONS.get(name, {}))
+    if "weights" in options:
+        options["weights"] = dict.fromkeys([task.name for task in tasks], 0.5) | options["weights"]
+    return make_method({"name": name, **options}, tasks)
+
+
 def step_of(encoder, decoder):
     torch.manual_seed(0)
     shared = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU())
-    model = SplitModel(shared, {"near": nn.Linear(6, 1), "far": nn.Linear(6, 1), "kind": nn.Linear(6, 3)})
-    above, below = (make_method({"name": name, **OPTIONS.get(name, {})}, tasks()) for name in (encoder, decoder))
+    heads = {"near": nn.Linear(6, 1), "far": nn.Linear(6, 1), "kind": nn.Linear(6, 3)}
+    # Beside a method that adds tasks, the other weighs these too.
+    adds = next((m.augment for name in (encoder, decoder) if (m := method_of(name, tasks())).augment), None)
+    all_tasks = tasks() if adds is None else adds.extended(tasks())
+    branches = {} if adds is None else {name: nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for name in heads}
+    model = SplitModel(shared, heads, branches)
+    above, below = (method_of(name, all_tasks) for name in (encoder, decoder))
     assert below.decoder is not None or below.shapers, f"{decoder} does nothing below the cut"
     shapers = {**above.shapers, **below.shapers}
-    step = Step(model, tasks(), Method(encoder=above.encoder, decoder=below.decoder, shapers=shapers))
+    step = Step(model, tasks(), Method(adds, shapers, below.decoder, above.encoder))
     return step, torch.optim.SGD(step.parameters(), lr=0.05, momentum=0.9)
 
 

@@ -2,7 +2,7 @@
 
 from sidetask_saal.auxiliaries import SelfAuxiliaries
 from sidetask_saal.relations import Relations, enumerate_transfers
-from sidetask_saal.saal import ChosenTransfers, LearnedTransfers
+from sidetask_saal.saal import ChosenTransfers, LearnedTransfers, saal_e, saal_ew, saal_w
 from sidetask_saal.shares import Shares
 
 __all__ = [
@@ -12,4 +12,7 @@ __all__ = [
     "SelfAuxiliaries",
     "Shares",
     "enumerate_transfers",
+    "saal_e",
+    "saal_ew",
+    "saal_w",
 ]

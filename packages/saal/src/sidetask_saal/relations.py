@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +99,7 @@ class Relations:
 
 def enumerate_transfers(
     train: Train,
-    tasks: Sequence[Task],
+    tasks: Iterable[Task],
     *,
     executor: Executor | None = None,
     cache: str | os.PathLike[str] | None = None,
@@ -143,6 +143,7 @@ def enumerate_transfers(
     >>> relations.chosen()
     ['a→b']
     """
+    tasks = tuple(tasks)
     names = tuple(task.name for task in tasks)
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"relations are between two or more different tasks, not {', '.join(names) or 'none'}")

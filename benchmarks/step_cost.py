@@ -193,9 +193,14 @@ def ours(setting: Setting, row: str, spec: Any) -> Run:
     return run
 
 
+def clock_of(device: str) -> Callable[[], float]:
+    """What counts seconds: of the processor's time on one thread, which other programs do not add to."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def timed(step: Run, steps: int, device: str) -> float:
-    """Seconds of one of some steps; of the processor's time on one thread, which other programs do not add to."""
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    """Seconds of one of some steps."""
+    clock = clock_of(device)
     start = clock()
     for _ in range(steps):
         step()

@@ -38,7 +38,7 @@ class MGDA(GramianWeighting):
         SolverFailure: in a step whose gradients are not finite, or whose solution p misses its KKT conditions,
             p·g_t ≥ p·p with equality where a task has weight, on the Gramian as it is given: by more than 1e-6
             |p| |g_t|, or 1e-2 |p| |g_t| for one in single precision. If p counts as zero, |p| is the shortest length
-            that does not.
+            that does not. See `shortest`.
     """
 
     def __init__(

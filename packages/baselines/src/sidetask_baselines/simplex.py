@@ -61,7 +61,8 @@ def shortest(gramian: np.ndarray, eps: float = DOUBLE) -> np.ndarray:
 
     Raises:
         SolverFailure: if the search fails, or a condition is missed by more than `accuracy` |g_t| times |p|, or times
-            √`rounding` r where p is shorter than that.
+            √`rounding` r where p is shorter than that; in single precision also by more than `rounding` r (r + |g_t|),
+            for there may be no gradients that have just those inner products.
 
     >>> shortest(np.array([[9.0, 0.0], [0.0, 1.0]])).round(6)
     array([0.1, 0.9])
@@ -77,7 +78,7 @@ def shortest(gramian: np.ndarray, eps: float = DOUBLE) -> np.ndarray:
     inner = _products(gramian, weights)
     miss = _missed(inner, weights, lengths, eps)
     for _ in range(4):
-        refined = _refined(gramian, weights, inner, lengths, eps)
+        refined = _refined(gramian, weights, inner, lengths)
         along = _products(gramian, refined)
         left = _missed(along, refined, lengths, eps)
         if not left < miss:
@@ -122,9 +123,7 @@ def _search(points: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _refined(
-    gramian: np.ndarray, weights: np.ndarray, inner: np.ndarray, lengths: np.ndarray, eps: float
-) -> np.ndarray:
+def _refined(gramian: np.ndarray, weights: np.ndarray, inner: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The weights after a Newton step on their support, where C y ∝ c for the cosines C and the inverse lengths c."""
     some = weights > 0
     # At unit lengths, and with c beside C: a direction in which gradients all but cancel decides as long as it changes
@@ -133,7 +132,7 @@ def _refined(
     inverse = lengths[some].min() / lengths[some]
     system = np.block([[cosines, inverse[:, None]], [inverse, np.zeros(1)]])
     missing = np.append((weights @ inner - inner[some]) / lengths[some], 0.0)
-    step = np.linalg.lstsq(system, missing, rcond=len(system) * eps)[0][:-1]
+    step = np.linalg.lstsq(system, missing, rcond=len(system) * DOUBLE)[0][:-1]
     refined = np.zeros_like(weights)
     refined[some] = (weights[some] + step / lengths[some]).clip(min=0)
     return refined / refined.sum()
@@ -156,6 +155,10 @@ def _upper(numbers: np.ndarray) -> np.ndarray:
 def _missed(inner: np.ndarray, weights: np.ndarray, lengths: np.ndarray, eps: float) -> float:
     """By how much a combination p misses its optimality conditions, of |p| |p_t|, from its inner products with p_t."""
     squared = weights @ inner
-    length = np.sqrt(max(squared, rounding(len(weights), eps) * (weights @ lengths) ** 2))
-    off = (inner - squared) / (length * lengths)
-    return float(np.maximum(-off, off * (weights > 0)).max())
+    reach = weights @ lengths
+    length = np.sqrt(max(squared, rounding(len(weights), eps) * reach**2))
+    # No gradients may have just the inner products that are rounded to single precision; none is hidden in double.
+    hidden = rounding(len(weights), eps - DOUBLE) * reach * (reach + lengths)
+    off = inner - squared
+    miss = np.maximum(-off, off * (weights > 0)) - hidden
+    return float((miss / (length * lengths)).max())

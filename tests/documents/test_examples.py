@@ -40,7 +40,7 @@ def test_the_experiments_load_and_their_methods_can_be_made(path, block, tmp_pat
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text(yaml.safe_dump(REST | yaml.safe_load(textwrap.dedent(block))), encoding="utf-8")
     loaded = load_experiment(experiment)
-    tasks = [Task(name, loss=lambda p, y: (p - y).abs()) for name in ("segmentation", "depth")]
+    tasks = [Task(name, loss=lambda p, y: (p - y).abs()) for name in ("segmentation", "depth", "parts")]
     for row in [None, *loaded.rows]:
         plugins.make_method(loaded.run(row, 0).method, tasks)
 

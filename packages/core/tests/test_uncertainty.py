@@ -61,7 +61,7 @@ def test_a_task_without_labels_keeps_its_variance():
     assert rule.log_variance.grad[0] != 0
 
 
-@pytest.mark.parametrize("end", [-1e4, 1e4])
+@pytest.mark.parametrize("end", [-1e12, 1e12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_variance_that_left_is_finite_and_finds_back(end, dtype):
     rule = Uncertainty(TASKS).to(dtype)

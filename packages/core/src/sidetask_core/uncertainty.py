@@ -71,4 +71,5 @@ class Uncertainty(Weighting):
     def _bounded(self) -> Tensor:
         """s, within its ends, with the gradient of one that has none."""
         s = self.log_variance
-        return s + (s.clamp(-_END, _END) - s).detach()
+        # In this order: far beyond its ends s + (end − s) is not the end.
+        return s.clamp(-_END, _END).detach() + (s - s.detach())

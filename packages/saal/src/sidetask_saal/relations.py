@@ -145,7 +145,8 @@ def enumerate_transfers(
     """
     tasks = _checked_tasks(tasks)
     names = tuple(task.name for task in tasks)
-    trainings = {group: group for group in [(name,) for name in names] + list(itertools.combinations(names, 2))}
+    groups: list[Names] = [(name,) for name in names] + list(itertools.combinations(names, 2))
+    trainings = {group: group for group in groups}
     folder = None if cache is None else _Cache(Path(cache), "pairs", tasks, settings or {})
     done, failed = _train_all(train, trainings, tasks, executor, folder, progress)
 
@@ -191,7 +192,7 @@ def feature_relations(
         ValueError: as `enumerate_transfers`.
     """
     tasks = _checked_tasks(tasks)
-    trainings = {(s.name, t.name): (t.name,) for s, t in itertools.product(tasks, repeat=2)}
+    trainings: dict[Names, Names] = {(s.name, t.name): (t.name,) for s, t in itertools.product(tasks, repeat=2)}
     folder = None if cache is None else _Cache(Path(cache), "features", tasks, settings or {})
     done, failed = _train_all(train, trainings, tasks, executor, folder, progress)
     return _relations(tasks, done, failed, lambda t: (t, t), lambda s, t: (s, t), definition)

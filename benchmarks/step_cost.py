@@ -119,11 +119,12 @@ class Setting:
     optimizer: torch.optim.SGD
 
 
-def dense(device: str) -> Setting:
+def dense(device: str, images: int | None = None) -> Setting:
     """Three dense tasks on the ResNet-18 DeepLabV3 of `sidetask_bench`, with narrower heads."""
     from sidetask_datasets import tasks as kinds
 
-    size, images = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
+    size, usual = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
+    images = images or usual
     tasks = [kinds.segmentation("segmentation", 13), kinds.depth(primary=False), kinds.normals(primary=False)]
     heads = {t.name: AtrousHead(512, c, size, width=144) for t, c in zip(tasks, (13, 1, 3), strict=True)}
     stages = resnet_stages(18)
@@ -139,11 +140,12 @@ def dense(device: str) -> Setting:
     return prepared("T = 3, dense", tasks, SplitModel.from_stages(stages, len(stages), heads), batch, device)
 
 
-def classification(device: str) -> Setting:
+def classification(device: str, images: int | None = None) -> Setting:
     """Twenty classification tasks with two-layer heads on a ResNet-18."""
     from sidetask_datasets import tasks as kinds
 
-    size, images = ((64, 64), 8) if device == "cpu" else ((224, 224), 64)
+    size, usual = ((64, 64), 8) if device == "cpu" else ((224, 224), 64)
+    images = images or usual
     tasks = [kinds.classification(f"task{i:02}", 5, primary=i == 0) for i in range(20)]
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     heads = {t.name: nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 5)) for t in tasks}
@@ -191,9 +193,14 @@ def ours(setting: Setting, row: str, spec: Any) -> Run:
     return run
 
 
+def clock_of(device: str) -> Callable[[], float]:
+    """What counts seconds: of the processor's time on one thread, which other programs do not add to."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def timed(step: Run, steps: int, device: str) -> float:
-    """Seconds of one of some steps; of the processor's time on one thread, which other programs do not add to."""
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    """Seconds of one of some steps."""
+    clock = clock_of(device)
     start = clock()
     for _ in range(steps):
         step()
@@ -365,7 +372,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--setting", choices=["dense", "classification"], help="only one of the two")
-    parser.add_argument("--methods", nargs="+", default=[], help="only rows with one of these texts in their name")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        help="only rows with one of these texts in their name; written to a file of their own",
+    )
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="only our own methods")
     parser.add_argument("--write", action="store_true", help="write the figures to benchmarks/results/")
     options = parser.parse_args()
@@ -386,7 +398,8 @@ def main() -> None:
         print(text, flush=True)
         if options.write:
             device = "cpu" if on_cpu else name.lower().replace(" ", "-")
-            stem = Path(__file__).parent / "results" / f"step_cost-{device}-{build.__name__}"
+            some = "".join(f"-{text.replace(' ', '-')}" for text in options.methods)
+            stem = Path(__file__).parent / "results" / f"step_cost-{device}-{build.__name__}{some}"
             stem.parent.mkdir(exist_ok=True)
             stem.with_suffix(".md").write_text(text)
             stem.with_suffix(".json").write_text(json.dumps({"where": head} | measured, indent=1) + "\n")

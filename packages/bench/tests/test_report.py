@@ -313,7 +313,9 @@ def test_decoder_weights_and_norms_are_drawn_where_they_say_something(tmp_path):
     assert "<h2>Gradient norms</h2>" in text
     assert "<h2>Weights in the decoders</h2>" in text
     for name in ("decoders", "norms"):
-        assert (tmp_path / "pictures" / f"{name}.png").is_file()
+        with Image.open(tmp_path / "pictures" / f"{name}.png") as image:
+            # One panel, and two lines of title above it.
+            assert image.size == pytest.approx((plots.PANEL[0] * plots.DPI, (plots.PANEL[1] + 0.6) * plots.DPI), abs=2)
 
 
 def test_decoder_weights_that_are_the_encoders_are_not_drawn_twice(tmp_path):
@@ -371,9 +373,9 @@ def test_no_comparison(tmp_path):
 @pytest.mark.parametrize("means", [[0.0, -2426.7], [12.3, -98.7], [0.0, 31.4]], ids=str)
 def test_numbers_beside_bars_stay_inside_the_axes(tmp_path, means):
     make(tmp_path)
-    rows = records.load(tmp_path).rows[: len(means)]
+    names = [row.name for row in records.load(tmp_path).rows[: len(means)]]
     bars = [plots.Bar(mean, abs(mean)) for mean in means]
-    draw = partial(plots._bars, rows=rows, bars=bars, label="improvement")
+    draw = partial(plots._bars, names=names, bars=bars, label="improvement")
     figure = Figure(figsize=plots.PANEL, dpi=plots.DPI)
     ax = plots._place(figure, plots.Panel("", draw, "", 1.6, 0.15), 0, 0, top=0.04)
     ax.autoscale_view()

@@ -136,7 +136,7 @@ def test_workers_die_with_a_killed_comparison_and_the_next_one_goes_on(
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
         try:
             runs = [tmp_path / "killed" / row / "seed0" for row in ("single", "equal")]
-            assert wait_until(lambda: any((run / "checkpoint.pt").exists() for run in runs), 60)
+            assert wait_until(lambda: any((run / "checkpoint.pt").exists() for run in runs), 240)
             workers = children(process.pid)
             assert len(workers) >= 2
             process.kill()

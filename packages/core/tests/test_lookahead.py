@@ -249,6 +249,75 @@ def test_a_rule_in_one_slot_moves_that_part_only(part):
     close(rule.found[0], expected, part, rtol=1e-10)
 
 
+def test_of_a_shared_parameter_in_a_head_only_the_encoders_share_is_weighed():
+    tasks, (first, second) = tiny_tasks(), batches(2)
+    torch.manual_seed(0)
+    shared = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
+    heads = {name: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)) for name in "abc"}
+    heads["a"][0].weight = shared[0].weight
+    model, rule = SplitModel(shared, heads).double(), Looking(tasks)
+    Step(model, tasks, Method(encoder=rule, decoder=Equal(tasks))).backward(
+        first, validation=second, optimizer=sgd(model.parameters())
+    )
+    parameters = list(model.shared_parameters())
+    features = model.encode(first.inputs)
+    through, total = [], [torch.zeros_like(p) for p in parameters]
+    for weight, task in zip(WEIGHTS, tasks, strict=True):
+        cut = features.detach().requires_grad_()
+        loss = task.mean(model.heads[task.name](cut), first.target_of(task))[0]
+        at_cut, *beside = torch.autograd.grad(loss, [cut, *parameters], allow_unused=True)
+        through.append(torch.autograd.grad(features, parameters, at_cut, retain_graph=True))
+        for i, (own, other) in enumerate(zip(through[-1], beside, strict=True)):
+            total[i] += weight * (own if other is None else own + other)
+    names = {id(p): name for name, p in model.named_parameters()}
+    after = {names[id(p)]: (p - 0.1 * g).detach().requires_grad_() for p, g in zip(parameters, total, strict=True)}
+    validation = sum(losses_at(model, [task for task in tasks if task.primary], second, after))
+    slopes = torch.autograd.grad(validation, list(after.values()))
+    expected = [-0.1 * sum((v * g).sum() for v, g in zip(slopes, one, strict=True)) for one in through]
+    close(rule.found[0], torch.stack(expected), "tied", rtol=1e-10)
+
+
+class Stopped(nn.Module):
+    """An encoder that computes a scale and a mean outside the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        y = self.layer(x)
+        with torch.no_grad():
+            scale = y.abs().mean(0)
+            self.mean.copy_(y.mean(0))
+        return torch.tanh(y / scale - self.mean + y.mean(0).detach())
+
+
+def test_what_is_outside_the_graph_is_constant():
+    torch.manual_seed(0)
+    tasks, model = tiny_tasks(), SplitModel(Stopped(), {name: nn.Linear(4, 2) for name in "abc"}).double()
+    first, second = batches(2)
+    rule, optimizer = Looking(tasks), sgd(model.parameters())
+    Step(model, tasks, Method(encoder=rule)).backward(first, validation=second, optimizer=optimizer)
+
+    def at(batch, parameters, names):
+        out = functional_call(model, parameters, (batch.inputs, names))
+        return [squared(out[name], batch.targets[name]).mean() for name in names]
+
+    named = dict(model.named_parameters())
+    weights = WEIGHTS.clone().requires_grad_()
+    losses = at(first, named, ["a", "b", "c"])
+    per_task = [torch.autograd.grad(x, list(named.values()), allow_unused=True, retain_graph=True) for x in losses]
+    after = {
+        name: p.detach()
+        - 0.1 * sum(w * g[i].detach() for w, g in zip(weights, per_task, strict=True) if g[i] is not None)
+        for i, (name, p) in enumerate(named.items())
+    }
+    primaries = [task.name for task in tasks if task.primary]
+    expected = torch.autograd.grad(sum(at(second, after, primaries)), weights)[0]
+    close(rule.found[0], expected, "outside the graph", rtol=1e-10)
+
+
 @pytest.mark.parametrize("then", [None, WEIGHTS.flip(0)], ids=["same", "other"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_step_that_follows_is_as_exact_as_without(split, then):
@@ -431,6 +500,56 @@ def test_an_operator_without_forward_derivative_is_named():
     rule = Looking(tasks, mode="difference")
     Step(model, tasks, Method(encoder=rule)).backward(batches(1)[0], **given)
     assert rule.found[0].isfinite().all()
+
+
+class Cube(torch.autograd.Function):
+    """A function of its own gradient, without a forward-mode derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+class Cubed(nn.Linear):
+    def forward(self, x):
+        return Cube.apply(super().forward(x))
+
+
+def test_a_function_without_forward_derivative_is_named_where_it_is_called():
+    model = SplitModel(Cubed(4, 6), {name: nn.Linear(6, 2) for name in "abc"}).double()
+    tasks, given = tiny_tasks(), {"validation": batches(2)[1], "optimizer": sgd(model.parameters())}
+    with pytest.raises(NoForwardDerivative, match=r"test_lookahead.py, line .*Cube.apply.* use mode .difference"):
+        Step(model, tasks, Method(encoder=Looking(tasks))).backward(batches(1)[0], **given)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_validation_loss_that_is_not_finite_skips_no_step(scaled):
+    tasks, model = tiny_tasks(), problem(dtype=torch.float32)
+    first, second = batches(2, dtype=torch.float32)
+    bad = Batch(second.inputs * torch.nan, second.targets)
+    rule = Looking(tasks)
+    step, optimizer = Step(model, tasks, Method(encoder=rule)), sgd(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
+    step.backward(first, validation=bad, optimizer=optimizer, scaler=scaler)
+    assert rule.found[0].isnan().all()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values() if gradient is not None)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == (1024.0 if scaled else 1.0)
+
+
+def test_an_optimizer_of_many_steps_is_refused():
+    tasks, model = tiny_tasks(), problem()
+    first, second = batches(2)
+    step = Step(model, tasks, Method(encoder=Looking(tasks)))
+    with pytest.raises(ValueError, match="LBFGS"):
+        step.backward(first, validation=second, optimizer=torch.optim.LBFGS(model.parameters()))
 
 
 def test_a_validation_batch_may_be_made_when_it_is_needed():

@@ -47,8 +47,8 @@ class AutoLambda(BilevelWeighting):
         lr: Adam's step size; 1e-4 (the paper, NYUv2; 3e-5 on Cityscapes, 3e-4 on CIFAR-100).
         init: first value of every λ; 0.1 (the paper). Under ``"softmax"`` every λ starts at 1 instead.
         when: see above; ``"before"`` (the paper).
-        every: λ learns in each n-th step, counted by `Signals.iteration`; the others cost what fixed weights cost, and
-            need no validation batch. 1 (the paper).
+        every: λ learns in each n-th step, counted by `Signals.iteration`; the others cost what fixed weights cost, but
+            for the copies that ``"online"`` keeps of every step, and need no validation batch. 1 (the paper).
         mode: how `Signals.lookahead` differentiates: ``"exact"``; ``"difference"`` or ``"one-sided"`` where an operator
             of the encoder has no forward-mode derivative.
         constraint: None (the paper); ``"nonnegative"``; a pair of bounds; all of these by cutting off after Adam's
@@ -90,8 +90,8 @@ class AutoLambda(BilevelWeighting):
         softmax, (low, high) = constraint == "softmax", _bounds(constraint)
         if softmax and sample == 1:
             raise ValueError("constraint 'softmax' trades one task's weight for another's; sample must be at least 2")
-        if not math.isfinite(init) or not low <= init <= high:
-            raise ValueError(f"init must be finite and within [{low}, {high}], not {init}")
+        if isinstance(init, (int, float)) and not low <= init <= high:
+            raise ValueError(f"init must be within [{low}, {high}], not {init}")
         super().__init__(
             tasks,
             lr=lr,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -195,13 +196,13 @@ def png(panels: Sequence[Panel], path: Path, *, title: str = "", columns: int = 
     """All panels in a grid on white; ``PANEL`` inches each at ``DPI`` dots per inch."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
-    head = 0.35 if title else 0.0
+    # At this size, some eleven letters to the inch.
+    lines = textwrap.wrap(title.replace("$", r"\$"), round(11 * PANEL[0] * columns))
+    head = 0.1 + 0.25 * len(lines) if lines else 0.0
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + head), dpi=DPI, facecolor="white")
     if title:
         y = 1 - 0.5 * head / (PANEL[1] * rows + head)
-        figure.text(
-            0.15 / (PANEL[0] * columns), y, title.replace("$", r"\$"), color=LIGHT.ink, fontsize=12, va="center"
-        )
+        figure.text(0.15 / (PANEL[0] * columns), y, "\n".join(lines), color=LIGHT.ink, fontsize=12, va="center")
     for index, panel in enumerate(panels):
         ax = _place(figure, panel, index % columns, rows - 1 - index // columns, top=0.12)
         ax.set_title(panel.title.replace("$", r"\$"), loc="left", color=LIGHT.ink, fontsize=11, fontweight="bold")

@@ -127,7 +127,11 @@ class Trainer:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; the steps that follow are the ones that would have followed then, bit for bit."""
+        """Take over a state; the steps that follow are the ones that would have followed then, bit for bit.
+
+        But for methods that look back at their last step (`Signals.hindsight`, `Signals.progress`) under several
+        processes: of those, what was kept is one process's alone, so that the first step after a resume has nothing.
+        """
         self.step.load_state_dict(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler:

@@ -43,7 +43,7 @@ class BilevelWeighting(Weighting):
         init: first value of every weight.
         when: see above.
         every: weights are learned in each n-th step, counted by `Signals.iteration`; the others need no validation
-            batch.
+            batch. With ``"online"`` every step still keeps for the next what `Signals.hindsight` keeps.
         mode: how the look ahead differentiates, see `Signals.lookahead`.
         weight_decay: of the weights, added to the derivative.
         sample: how many tasks, drawn each time, learn their weight; all if None.
@@ -82,10 +82,13 @@ class BilevelWeighting(Weighting):
             if value not in known:
                 raise ValueError(f"{option} must be one of {_listed(known)}; not {value!r}")
         for option, count in (("every", every), ("sample", 1 if sample is None else sample)):
-            if not isinstance(count, int) or count < 1:
+            if type(count) is not int or count < 1:
                 raise ValueError(f"{option} must be a whole number of at least 1, not {count!r}")
-        if not math.isfinite(init):
-            raise ValueError(f"init must be finite, not {init}")
+        if sample is not None and sample > len(self.tasks):
+            raise ValueError(f"sample must be at most the number of tasks, {len(self.tasks)}, not {sample}")
+        for option, number in (("lr", lr), ("init", init), ("weight_decay", weight_decay)):
+            if not isinstance(number, (int, float)) or not math.isfinite(number):
+                raise ValueError(f"{option} must be a finite number, not {number!r}")
         self.when, self.every, self.mode, self.sample, self.start = when, every, mode, sample, float(init)
         self.adam = Adam(len(self.tasks), lr=lr, weight_decay=weight_decay)
         self.register_buffer("weights", torch.full((len(self.tasks),), self.start, dtype=torch.float64))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sidetask_core import parallel
@@ -41,7 +44,8 @@ class Move:
     """The step that an optimizer is about to take on one parameter, as a function of its gradient.
 
     SGD is followed exactly, with momentum, dampening, Nesterov's rule and weight decay. Any other optimizer is taken to
-    follow the gradient at its learning rate, with weight decay, as in Auto-λ's released code.
+    follow the gradient at its learning rate, with weight decay, as in Auto-λ's released code. What the caller does to
+    gradients before the optimizer's step, clipping above all, is not known here and left out.
 
     Attributes:
         after: the parameter after the step.
@@ -71,8 +75,11 @@ def groups_of(optimizer: torch.optim.Optimizer, model: SplitModel) -> dict[int, 
     """The options of each parameter of an optimizer, by its id.
 
     Raises:
-        ValueError: if it trains no parameter of the model: then no weight would seem to matter.
+        ValueError: if it trains no parameter of the model: then no weight would seem to matter; or if its step is not
+            one along a gradient that is there before it.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates the loss many times in a step, so there is no one step to look ahead at")
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in groups for p in model.parameters()):
         raise ValueError("the optimizer given to step.backward trains no parameter of the step's model")
@@ -91,7 +98,7 @@ def rate_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, group: Gr
         raise ValueError("the optimizer maximizes; a lookahead is for losses that are minimized")
     rate = 1.0
     if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
-        if "momentum_buffer" in optimizer.state.get(parameter, {}):
+        if optimizer.state.get(parameter, {}).get("momentum_buffer") is not None:
             rate = 1.0 - group["dampening"]
         rate = 1.0 + group["momentum"] * rate if group["nesterov"] else rate
     moved: float | Tensor = group["lr"] * rate
@@ -169,7 +176,9 @@ class Trail:
             encoded.append(replace(one, tasks=tasks, gradients=one.gradients[rows]))
         return replace(self, own=own, encoded=encoded)
 
-    def slopes(self, model: SplitModel, along: Mapping[str, Tensor], mode: Mode, among: Collection[int]) -> Tensor:
+    def slopes(
+        self, model: SplitModel, along: Mapping[str, Tensor], part: Part, mode: Mode, among: Collection[int]
+    ) -> Tensor:
         """⟨direction, ∇L_t⟩ of the tasks `among`, zero for others ``[T]``, over all processes; no head is run again.
 
         Below the cut they are dot products with the gradients of branches and heads. Above it, the encoder moved along
@@ -182,11 +191,13 @@ class Trail:
             riders = [(i, t) for i, t in enumerate(one.tasks) if t in among]
             moved = self._moved(model, one, above, mode) if riders and above and one.features else None
             for i, t in riders:
-                parts = [_dot(along[name], g) for name, g in self.own[t].items() if name in along]
+                # What a head adds to the gradient of a parameter that is shared, too, is weighed by the decoders' rule.
+                own = self.own[t] if part != "shared" else {}
+                products = [_dot(along[name], g) for name, g in own.items() if name in along]
                 if moved is not None:
-                    parts.append(_dot(moved, one.gradients[i]))
-                for part in parts:
-                    slopes[t] = slopes[t] + part
+                    products.append(_dot(moved, one.gradients[i]))
+                for product in products:
+                    slopes[t] = slopes[t] + product
         return parallel.add(torch.stack(slopes))
 
     def _moved(self, model: SplitModel, one: Encoded, along: Mapping[str, Tensor], mode: Mode) -> Tensor:
@@ -197,7 +208,7 @@ class Trail:
                 tensors, _ = tree_flatten(model.encode(one.input))
                 return [tensors[i] for i in one.cut]
 
-            with torch.no_grad(), self.ambient:
+            with self.ambient:
                 return aside(model, encode, {**self.shared, **moved}, one.random)
 
         return derivative_along(features, self.shared, one.features, along, mode)
@@ -251,7 +262,7 @@ class Rerun:
                 self.random[2].restore(device)
                 return [losses for losses, _ in task.elements(model.heads[task.name](read), self.target)]
 
-            with torch.no_grad(), self.ambient:
+            with self.ambient:
                 return aside(model, compute, {**self.parameters, **moved}, self.random[0])
 
         if above:
@@ -276,6 +287,9 @@ def derivative_along(
 ) -> Tensor:
     """The derivative of what is computed from parameters along a direction, flattened.
 
+    What is computed under `torch.no_grad`, or detached, is constant to ``"exact"``, as it is to a gradient. A
+    difference follows it like everything else, and is another number there.
+
     A difference is taken over a displacement ε^⅔ times as long as the parameters, ε the precision. A fixed length, as
     in Auto-λ's code (0.01), lies across kinks of ReLU and max-pooling, an error that no precision mends.
 
@@ -288,7 +302,8 @@ def derivative_along(
     """
     if mode == "exact":
         _load_forward_mode()
-        with forward_ad.dual_level(), _named_missing_derivative():
+        # Nothing here requires a gradient; grad mode tells what is computed outside it.
+        with forward_ad.dual_level(), _named_missing_derivative(), torch.enable_grad(), _NoTangentsWithoutGrad():
             duals = {name: forward_ad.make_dual(p := parameters[name], u.to(p)) for name, u in along.items()}
             parts = [forward_ad.unpack_dual(x) for x in compute(duals)]
             return _flat([torch.zeros_like(x) if dx is None else dx for x, dx in parts])
@@ -298,7 +313,8 @@ def derivative_along(
     step = reach / length.clamp(min=torch.finfo(length.dtype).tiny)
 
     def displaced(sign: int) -> Tensor:
-        return _flat(compute({n: (p := parameters[n]) + sign * step.to(p) * u.to(p) for n, u in along.items()}))
+        with torch.no_grad():
+            return _flat(compute({n: (p := parameters[n]) + sign * step.to(p) * u.to(p) for n, u in along.items()}))
 
     before = displaced(-1) if mode == "difference" else _flat(here)
     slope = (displaced(1) - before) / (step * (2 if mode == "difference" else 1))
@@ -318,6 +334,7 @@ class Lookahead:
         validation: the batch whose loss is to fall, or a function that gives it.
         optimizer: what will take the step.
         decided: the weights of the step, once its rules were asked.
+        loss: the validation loss after the step that was looked at last, over all processes.
         directions: those found for the step that was decided on, by the tasks whose loss is to fall.
     """
 
@@ -328,13 +345,14 @@ class Lookahead:
     validation: Batch | Callable[[], Batch]
     optimizer: torch.optim.Optimizer
     decided: Weights | None = None
+    loss: Tensor | None = None
     directions: dict[Collection[int], dict[str, Tensor]] = field(default_factory=dict)
 
     def derivative(self, weights: Tensor, part: Part, mode: Mode, among: Collection[int]) -> Tensor:
         """d(primaries' validation loss after the step)/d(weight) of the tasks `among`, zero for others ``[T]``."""
         along = self._direction(Weights(weights, weights), part, [task for task in self.tasks if task.primary])
         trail = Trail.of(self.model, self.passes, self.ambient)
-        return -trail.slopes(self.model, along, mode, among).to(weights)
+        return -trail.slopes(self.model, along, part, mode, among).to(weights)
 
     def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
         """See `Signals.lookahead_elements`, for each objective."""
@@ -373,7 +391,9 @@ class Lookahead:
 
         def compute(model: SplitModel) -> list[Tensor | None]:
             losses, _ = losses_of(model, of, batch, {})
-            total = torch.stack([loss.to(losses[0]) for loss in losses]).sum() * passes.scale.to(losses[0])
+            loss = torch.stack([loss.to(losses[0]) for loss in losses]).sum()
+            self.loss = parallel.add(loss.detach().clone())
+            total = loss * passes.scale.to(loss)
             if not total.requires_grad or not leaves:
                 return [None] * len(leaves)
             return list(torch.autograd.grad(total, list(leaves.values()), allow_unused=True))
@@ -467,6 +487,23 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten(), b.flatten().to(a))
 
 
+class _NoTangentsWithoutGrad(TorchFunctionMode):
+    """Lets what is computed under `torch.no_grad` be constant, which forward mode by itself does not."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            args, kwargs = tree_map_only(Tensor, _primal, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _primal(tensor: Tensor) -> Tensor:
+    parts = forward_ad.unpack_dual(tensor)
+    return tensor if parts.tangent is None else parts.primal
+
+
 @functools.cache
 def _load_forward_mode() -> None:
     """Use forward mode once: torch then compiles what it lacks, with a deprecation warning about its own code."""
@@ -481,6 +518,11 @@ def _named_missing_derivative() -> Iterator[None]:
         yield
     except RuntimeError as error:
         missing = re.search(r"forward AD with (\S+) that does not support it", str(error))
-        if missing is None:
+        if missing is not None:
+            raise NoForwardDerivative(missing.group(1)) from error
+        if not isinstance(error, NotImplementedError) or "jvp" not in str(error):
             raise
-        raise NoForwardDerivative(missing.group(1)) from error
+        frames = traceback.extract_tb(error.__traceback__)
+        caller = next(frame for frame in reversed(frames) if frame.filename != torch.autograd.function.__file__)
+        where = f"{Path(caller.filename).name}, line {caller.lineno}: {caller.line}"
+        raise NoForwardDerivative(f"autograd.Function without jvp ({where})") from error

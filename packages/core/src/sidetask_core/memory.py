@@ -155,7 +155,7 @@ class Recall:
             return None
         primaries = frozenset(t for t, task in enumerate(memory.tasks) if task.primary)
         along = self.last.direction(memory.model, self.passes, part, primaries)
-        return -self.last.trail.slopes(memory.model, along, mode, among).to(self.passes.losses[0])
+        return -self.last.trail.slopes(memory.model, along, part, mode, among).to(self.passes.losses[0])
 
     def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
         """See `Signals.hindsight_elements`, for each objective."""

@@ -42,7 +42,13 @@ class Recall(Protocol):
 
 
 class Ahead(Protocol):
-    """What can be known of the step that is being taken."""
+    """What can be known of the step that is being taken.
+
+    Attributes:
+        loss: the validation loss after the step that was looked at last, over all processes.
+    """
+
+    loss: Tensor | None
 
     def derivative(self, weights: Tensor, part: Part, mode: Mode, among: Collection[int]) -> Tensor:
         """See `Signals.lookahead`."""
@@ -286,12 +292,21 @@ class Signals:
             among: the tasks whose derivatives are wanted; all if None. Others get zero, and tasks with inputs of their
                 own are not encoded for it.
 
+        Where the encoder detaches a value or computes it under `torch.no_grad`, ``"exact"`` takes it for constant, as
+        gradients do; differences follow it. Clipping between this and the optimizer's step is not known here. Where the
+        validation loss is not finite, neither is the derivative.
+
         Raises:
             ValueError: if the step was given no validation batch or no optimizer, or for an unknown mode.
             MissingKey: for an unknown task.
             NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
         """
-        return self._finite(self._ahead().derivative(weights, self.part, _mode(mode), self._indices(among)))
+        ahead = self._ahead()
+        found = ahead.derivative(weights, self.part, _mode(mode), self._indices(among))
+        # A validation loss that is not finite is none of the scaler's business: it would skip every step.
+        if self._passes.scaled and ahead.loss is not None and not ahead.loss.isfinite():
+            return found
+        return self._finite(found)
 
     def lookahead_elements(
         self, task: str, objective: str | None = None, *, of: Sequence[str] | None = None, mode: Mode = "exact"

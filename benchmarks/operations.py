@@ -1,0 +1,103 @@
+"""How many floating-point operations a step of Auto-λ does, as a multiple of equal weighting: the floor of its time.
+
+    python benchmarks/operations.py
+    python benchmarks/operations.py --write
+
+Counted are the convolutions and matrix products of one step in the settings of `step_cost.py`, forward, backward and
+forward-mode; of a method that learns in every fifth step, those of five steps by five. The count is the same on every
+machine of one release of PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import losses_of, peers
+from step_cost import METHODS, Run, Setting, classification, dense, ours
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+LIBRARY = "as published"
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations; torch's own counter does not go with `torch.autograd.grad`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator, and add what it does."""
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.count += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def operations(step: Run, steps: int = 1) -> float:
+    """Operations of one of some steps."""
+    with Operations() as counted:
+        for _ in range(steps):
+            step()
+    return counted.count / steps
+
+
+def share_of_heads(setting: Setting) -> float:
+    """The heads' share of a plain step."""
+
+    def whole() -> None:
+        torch.stack(losses_of(setting, setting.model(setting.batch.inputs))).sum().backward()
+
+    features = setting.model.encode(setting.batch.inputs).detach().requires_grad_()
+
+    def heads() -> None:
+        torch.stack(losses_of(setting, setting.model.decode(features))).sum().backward()
+
+    return operations(heads) / operations(whole)
+
+
+def main() -> None:
+    """Count, print, and write what was counted if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the figures to benchmarks/results/")
+    options = parser.parse_args()
+    # The ratios do not depend on how many images there are.
+    settings = [dense("cpu", images=2), classification("cpu", images=2)]
+    torch.set_num_threads(1)
+    shares = [share_of_heads(setting) for setting in settings]
+    rows: dict[str, list[float]] = {}
+    for setting in settings:
+        equal = operations(ours(setting, "equal", "equal"))
+        for row, (spec, _) in METHODS.items():
+            if row.startswith("autolambda"):
+                step = ours(setting, row, spec)
+                step()
+                rows.setdefault(row, []).append(operations(step, 5 if "fifth" in row else 1) / equal)
+        published = peers(setting)["autolambda before", LIBRARY]()
+        rows.setdefault(f"autolambda {LIBRARY}", []).append(operations(published) / equal)
+    lines = [
+        "| operations / equal | " + " | ".join(setting.name for setting in settings) + " |",
+        "|---|---:|---:|",
+        "| (in the heads) | " + " | ".join(f"{100 * share:.0f} %" for share in shares) + " |",
+        *(f"| {row} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |" for row, ratios in rows.items()),
+    ]
+    head = f"torch {torch.__version__.split('+')[0]}"
+    text = "\n".join(["### Operations", "", *lines, "", head, ""])
+    print(text)
+    if options.write:
+        stem = Path(__file__).parent / "results" / "operations"
+        stem.parent.mkdir(exist_ok=True)
+        stem.with_suffix(".md").write_text(text)
+        stem.with_suffix(".json").write_text(
+            json.dumps({"where": head, "shares": shares, "rows": rows}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,8 @@ Inputs of 20 dimensions matter through 2 of them. Task a is a sum of 3 bends of 
 its own. Labels of a are few and clean, those of b many and noisy. What a knows about the bends would help b; b's noise
 is nothing that a could use, and it fills the layers that they share.
 
-A seed stands for many such pairs, which are drawn, trained and judged one beside the other: of one pair, chance says more
-than how the tasks share.
+A seed stands for many such pairs, which are drawn, trained and judged one beside the other: of one pair, chance says
+more than how the tasks share.
 """
 
 import torch

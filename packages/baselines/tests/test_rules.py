@@ -178,6 +178,13 @@ def test_mgda_with_normalized_gradients_ignores_the_scale_of_a_loss(given):
     torch.testing.assert_close(a, b)
 
 
+def test_mgda_takes_a_gradient_without_digits_for_zero(given):
+    g = gradients().float()
+    g[1] *= 1e-22
+    for normalization in ("none", "norm"):
+        assert MGDA(TASKS, at="parameters", normalization=normalization)(given(gradients=g)).tolist() == [0, 3, 0]
+
+
 def test_cagrad_is_in_the_sum_convention(given):
     g = gradients()
     torch.testing.assert_close(CAGrad(TASKS, c=0.0)(given(gradients=g)), torch.ones(3, dtype=torch.float64))

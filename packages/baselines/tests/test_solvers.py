@@ -5,10 +5,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from scipy.optimize import brentq
-from sidetask_baselines import cagrad
+from sidetask_baselines import cagrad, simplex
 from sidetask_baselines.cagrad import conflict_averse
 from sidetask_baselines.pcgrad import project
-from sidetask_baselines.simplex import SolverFailure, shortest, vectors
+from sidetask_baselines.simplex import SolverFailure, min_norm_weights, shortest, vectors
 
 
 def test_vectors_reproduce_the_gramian(matrices):
@@ -19,6 +19,23 @@ def test_vectors_reproduce_the_gramian(matrices):
         np.testing.assert_allclose(
             found.T @ found / np.outer(lengths, lengths), g @ g.T / np.outer(lengths, lengths), atol=1e-13
         )
+
+
+def cancelling(count, seed, longest):
+    """Gradients of lengths up to `longest` and one that cancels a combination of them, all but a vector beside them."""
+    rng = np.random.default_rng([seed, count])
+    g = rng.normal(size=(count, count + 3))
+    g[:-1] *= np.geomspace(1, longest, count - 1)[:, None] / np.linalg.norm(g[:-1], axis=1, keepdims=True)
+    g[-1] = 10 ** rng.uniform(-6, -1) * g[-1] - rng.uniform(0.3, 1, count - 1) @ g[:-1]
+    return g
+
+
+def exactly(gramian, weights):
+    """What each inner product with the combination is above its squared length, and that squared length."""
+    exact = [Fraction(x) for x in weights]
+    inner = [sum(x * Fraction(k) for x, k in zip(exact, row, strict=True)) / sum(exact) for row in gramian]
+    squared = sum(x * y for x, y in zip(exact, inner, strict=True)) / sum(exact)
+    return np.array([float(y - squared) for y in inner]), float(squared)
 
 
 def missed(inner, squared, weights):
@@ -47,11 +64,52 @@ def test_the_given_inner_products_meet_them_as_exactly_as_weights_can_be_written
         g = sample(kind, count, seed)
         gramian = g @ g.T
         w = shortest(gramian)
-        exact = [Fraction(x) for x in w]
-        inner = [sum(x * Fraction(k) for x, k in zip(exact, row, strict=True)) / sum(exact) for row in gramian]
-        squared = sum(x * y for x, y in zip(exact, inner, strict=True)) / sum(exact)
-        miss = missed(np.array([float(y - squared) for y in inner]), 0.0, w)
-        assert (miss <= 2 * rounding(w, np.linalg.norm(g, axis=1))).all()
+        above, _ = exactly(gramian, w)
+        assert (missed(above, 0.0, w) <= 2 * rounding(w, np.linalg.norm(g, axis=1))).all()
+
+
+@pytest.mark.parametrize("longest", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("count", [2, 3, 9, 20])
+def test_gradients_that_all_but_cancel_meet_them_on_the_given_inner_products(count, longest):
+    for seed in range(10):
+        g = cancelling(count, seed, longest)
+        gramian, lengths = g @ g.T, np.linalg.norm(g, axis=1)
+        w = shortest(gramian)
+        above, squared = exactly(gramian, w)
+        # The shortest that ten times the rounding of as many cosines does not hide.
+        least = 10 * count * np.finfo(float).eps * (w @ lengths) ** 2
+        assert (missed(above, 0.0, w) <= 1e-6 * np.sqrt(max(squared, least)) * lengths).all()
+        assert (missed(above, 0.0, w) <= 4 * rounding(w, lengths)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-75, 1e75, 1e150])
+def test_no_scale_of_all_gradients_changes_their_shares(scale):
+    g = cancelling(5, 0, 1e2)
+    power = 2.0 ** np.round(np.log2(scale))
+    np.testing.assert_array_equal(shortest(g @ g.T * power * power), shortest(g @ g.T))
+
+
+@pytest.mark.parametrize("longest", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("count", [2, 3, 9, 20])
+def test_inner_products_in_single_precision_find_the_combination_to_a_hundredth(count, longest):
+    for seed in range(10):
+        g = cancelling(count, seed, longest).astype(np.float32)
+        gramian, lengths = (g @ g.T).astype(float), np.linalg.norm(g, axis=1)
+        eps = float(np.finfo(np.float32).eps)
+        w = shortest(gramian, eps)
+        above, squared = exactly(gramian, w)
+        least = 10 * count * eps * (w @ lengths) ** 2
+        hidden = 10 * count * eps * (w @ lengths) * (w @ lengths + lengths)
+        assert (missed(above, 0.0, w) <= 1e-2 * np.sqrt(max(squared, least)) * lengths + hidden).all()
+
+
+@pytest.mark.parametrize("found", [[1.0, 0.0, 0.0], [0.2, 0.8, 0.0]])
+def test_a_combination_that_is_not_the_shortest_is_refused(sample, monkeypatch, found):
+    g = sample("random", 3, 0)
+    monkeypatch.setattr(simplex, "nnls", lambda points, _: (np.array(found), 0.0))
+    for solve in (lambda: shortest(g @ g.T), lambda: min_norm_weights(g.T)):
+        with pytest.raises(SolverFailure, match=r"misses its optimality conditions .condition number of the 3x3"):
+            solve()
 
 
 def test_two_tasks_have_a_closed_form(matrices):
@@ -98,7 +156,10 @@ def test_cagrad_closes_the_duality_gap_on_the_ball_around_the_mean(matrices, c):
             np.testing.assert_array_equal(weights, 1 / len(g))
             mean, radius = step, 0.0
         tilt = weights - 1 / len(g)
-        worst = tilt @ g / tilt.sum() if radius else step
+        worst = tilt @ g / tilt.sum() if radius and tilt.sum() > 0 else step
+        if not lengths.all() and worst @ mean + radius * np.linalg.norm(worst) > 0:
+            # A gradient of zero is a combination, too, and the bound that it gives is zero.
+            worst = np.zeros_like(step)
         off = np.linalg.norm(step - mean) - radius
         assert off <= 1e-6 * radius
         # Inside only where the combination that the worst-off tasks pull along vanishes.
@@ -118,11 +179,12 @@ def test_cagrad_refuses_what_misses_its_optimum(sample, monkeypatch, spoiled):
         conflict_averse(g @ g.T, 0.4)
 
 
-def test_cagrad_with_one_zero_gradient_is_finite(sample):
+def test_cagrad_gives_a_gradient_of_zero_the_weight_that_the_mean_gives_it(sample):
     g = sample("random", 3, 0)
     g[1] = 0
     weights = conflict_averse(g @ g.T, 0.4)
-    assert np.isfinite(weights).all()
+    assert weights[1] == 1 / 3
+    assert weights.max() < 2
     assert (g @ (weights @ g)).min() >= -1e-9
 
 

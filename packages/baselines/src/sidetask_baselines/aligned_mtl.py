@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from sidetask_core import Equal, Method, Place, Task
 
-from sidetask_baselines.cosines import CosineWeighting, rounding
+from sidetask_baselines.cosines import CosineWeighting
 from sidetask_baselines.scale import check_scale, total_weight
-from sidetask_baselines.simplex import TOLERANCE, SolverFailure, vectors
+from sidetask_baselines.simplex import TOLERANCE, SolverFailure, rounding, vectors
 
 SINGULAR_VALUES = ("min", "median", "rmse")
 

@@ -8,9 +8,8 @@ import numpy as np
 from scipy.optimize import brentq
 from sidetask_core import Equal, Method, Place, Task
 
-from sidetask_baselines.cosines import rounding
 from sidetask_baselines.gramian import GramianWeighting
-from sidetask_baselines.simplex import TOLERANCE, SolverFailure, min_norm_weights, vectors
+from sidetask_baselines.simplex import DOUBLE, TOLERANCE, SolverFailure, min_norm_weights, rounding, vectors
 
 
 class CAGrad(GramianWeighting):
@@ -18,6 +17,8 @@ class CAGrad(GramianWeighting):
 
     max_d min_t ⟨g_t, d⟩ subject to ‖d − g₀‖ ≤ c‖g₀‖ (Eq. 3). The solution d = g₀ + c‖g₀‖ g_w / ‖g_w‖ is a weighted sum
     of the task gradients. It is T times as long here, so that c = 0 is the gradient of the sum of losses.
+
+    A gradient of zero takes part as one that nothing can serve. Its own weight turns nothing: it is 1, the mean's part.
 
     Args:
         tasks: the tasks.
@@ -86,11 +87,13 @@ def conflict_averse(gramian: np.ndarray, c: float) -> np.ndarray:
     off = np.linalg.norm(step - mean[:, 0]) / radius - 1
     gap = way @ mean[:, 0] + radius * np.linalg.norm(way) - step @ points
     # What rounding makes of them where gradients cancel, or one is so short that it hardly turns the others.
-    noise = rounding(count, float(np.finfo(float).eps))
+    noise = rounding(count, DOUBLE)
     away = (off if s == low else abs(off)) - noise * (tilt @ lengths) / s
     missed = gap - noise * (tilt @ lengths + lengths) * (weights @ lengths)
     if away > TOLERANCE or missed.max() > TOLERANCE * np.linalg.norm(step) * least:
         raise SolverFailure("CAGrad's direction is off the ball, or misses the optimum of its dual problem", gramian)
+    # A gradient of zero would have all but all of the weight, some radius / low, which serves it nothing.
+    weights[lengths == 0] = 1 / count
     return weights
 
 

@@ -41,7 +41,14 @@ class GramianWeighting(Weighting):
         tasks: the tasks.
         at: where gradients are compared, at the shared ``"features"`` or over the shared ``"parameters"``.
         seed: of the rule's generator.
+
+    Attributes:
+        eps: relative rounding error of the inner products, that of the type they were computed in.
+        tiny: squared lengths up to this are zero.
     """
+
+    eps: float
+    tiny: float
 
     def __init__(self, tasks: Sequence[Task], *, at: Place, seed: int = 0) -> None:
         super().__init__(tasks, seed=seed)
@@ -70,7 +77,10 @@ class GramianWeighting(Weighting):
 
     def compared(self, signals: Signals) -> Tensor:
         """The Gramian ``[T, T]`` that the weights are solved for."""
-        return signals.gramian(self.at)
+        gramian = signals.gramian(self.at)
+        precision = torch.finfo(gramian.dtype)
+        self.eps, self.tiny = precision.eps, precision.tiny
+        return gramian
 
     def weigh(self, fetched: Fetched) -> np.ndarray:
         """Weights ``[P]`` of the tasks that have labels, one or more."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from sidetask_core import Equal, Method, Place, Task
 
-from sidetask_baselines.cosines import CosineWeighting, accuracy, rounding
+from sidetask_baselines.cosines import CosineWeighting
 from sidetask_baselines.scale import check_scale, total_weight
-from sidetask_baselines.simplex import TOLERANCE, SolverFailure
+from sidetask_baselines.simplex import DOUBLE, TOLERANCE, SolverFailure, accuracy, rounding
 
 
 class IMTLG(CosineWeighting):
@@ -59,7 +59,7 @@ class IMTLG(CosineWeighting):
         return -weights if uphill else weights
 
 
-def equal_projections(cosines: np.ndarray, lengths: np.ndarray, eps: float = float(np.finfo(float).eps)) -> np.ndarray:
+def equal_projections(cosines: np.ndarray, lengths: np.ndarray, eps: float = DOUBLE) -> np.ndarray:
     """Weights that sum to 1 and whose combination has the same projection on every gradient.
 
     Args:

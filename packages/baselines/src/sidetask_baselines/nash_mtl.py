@@ -10,9 +10,9 @@ import torch
 from sidetask_core import Equal, Method, Place, Signals, Task
 from torch import Tensor
 
-from sidetask_baselines.cosines import CosineWeighting, accuracy
+from sidetask_baselines.cosines import CosineWeighting
 from sidetask_baselines.gramian import Fetched
-from sidetask_baselines.simplex import TOLERANCE, SolverFailure, shortest, vectors
+from sidetask_baselines.simplex import DOUBLE, SolverFailure, accuracy, shortest, vectors
 
 
 class NashMTL(CosineWeighting):
@@ -45,8 +45,8 @@ class NashMTL(CosineWeighting):
 
     Raises:
         ValueError: for an unknown place or scale, or a `max_norm` or `every` that is not positive.
-        SolverFailure: in a step whose gradients are not finite or whose solution misses |α_t (K α)_t − 1| ≤ 1e-6, with
-            K as it is given.
+        SolverFailure: in a step whose gradients are not finite, or whose solution misses |α_t (K α)_t − 1| ≤ 1e-6, or
+            1e-2 in single precision, with K as it is given.
 
     The official code weighs the losses, and hence task-specific parameters too: ``Method(encoder=NashMTL(tasks))``.
     """
@@ -117,7 +117,7 @@ class NashMTL(CosineWeighting):
         self.solved = list(state["solved"])
 
 
-def bargain(cosines: np.ndarray, eps: float = float(np.finfo(float).eps)) -> np.ndarray:
+def bargain(cosines: np.ndarray, eps: float = DOUBLE) -> np.ndarray:
     """The solution b > 0 of C b = 1/b for the cosines C; the shortest combination that sums to T where there is none.
 
     It is the minimum of ½ bᵀCb − Σ_t log b_t, which is strictly convex and self-concordant: Newton's method, damped by
@@ -128,7 +128,8 @@ def bargain(cosines: np.ndarray, eps: float = float(np.finfo(float).eps)) -> np.
         eps: relative rounding error of the gradients' inner products.
 
     Raises:
-        SolverFailure: if the equation is missed by more than `accuracy` though no combination vanishes.
+        SolverFailure: if the equation, with C as it is given, is missed by more than `accuracy`, or no solution is
+            found though no combination vanishes.
 
     >>> bargain(np.eye(2))
     array([1., 1.])
@@ -149,10 +150,10 @@ def bargain(cosines: np.ndarray, eps: float = float(np.finfo(float).eps)) -> np.
         full += decrement <= 0.25
         b = b * (1 + step / (1 if decrement <= 0.25 else 1 + decrement))
     if b.max() < largest:
-        if np.abs(b * (exact @ b) - 1).max() > TOLERANCE:
+        if not np.abs(b * (cosines @ b) - 1).max() <= accuracy(eps):
             raise SolverFailure("the bargaining equation is not met", cosines)
         return b
-    weights = shortest(cosines)
+    weights = shortest(cosines, eps)
     if np.linalg.norm(points @ weights) > 10 / largest:
         raise SolverFailure("the search for the bargain left its bounds though no combination vanishes", cosines)
     return count * weights

@@ -165,7 +165,7 @@ class TorchJDWeighting(GramianWeighting):
         """The Gramian, or zeros for a weighting that does not read it."""
         if self.reads == "nothing":
             return signals.losses.new_zeros(len(self.tasks), len(self.tasks))
-        return signals.gramian(self.at)
+        return super().compared(signals)
 
     def weigh(self, fetched: Fetched) -> np.ndarray:
         """Weights of the tasks that have labels."""

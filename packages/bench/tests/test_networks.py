@@ -6,6 +6,7 @@ import torch
 from sidetask_bench.networks import deeplabv3, small, unet
 from sidetask_bench.networks.resnet import AtrousHead, resnet_stages
 from sidetask_core import Batch, Step, Task
+from sidetask_saal import SelfAuxiliaries
 from torch import nn
 
 DENSE = {"segmentation": 13, "depth": 1, "normals": 3}
@@ -126,7 +127,13 @@ def test_small_starts_to_measure_at_the_median_label():
     data = sidetask_datasets.scenes(size=(16, 16), train=20, validation=2, test=2, tasks=["segmentation", "depth"])
     model = small(data, widths=(4, 8))
     labels = data.train[range(16)].targets["depth"]
-    assert model.heads["depth"].predict.bias.item() == labels[labels > 0].median()
+    bias = model.heads["depth"].predict.bias
+    assert bias.item() == labels[labels > 0].median()
+    # A copy that is made anew begins there too.
+    copies = SelfAuxiliaries(data.tasks, ["depth->segmentation"])(small(data, widths=(4, 8), cut=1), data.tasks)
+    anew = copies.heads["depth→segmentation"].predict
+    assert anew.bias.item() == bias.item()
+    assert not torch.equal(anew.weight, copies.heads["depth"].predict.weight)
     assert not model.heads["segmentation"].predict.bias.any()
 
 

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 from sidetask_core import Task
-from sidetask_saal import Relations, enumerate_transfers
+from sidetask_saal import Relations, enumerate_transfers, feature_relations
 from sidetask_saal.saal import saal_e, saal_ew
 
 # What training beside another does to each task's first metric; its second, an error, moves the other way by half.
@@ -213,3 +213,18 @@ def test_bad_input_is_refused_before_anything_is_trained():
             enumerate_transfers(never, some, progress=silent)
     with pytest.raises(ValueError, match="gave no metric 'error' of task 'a'; of that task there is: score"):
         enumerate_transfers(lambda names: {n: {"score": 1.0} for n in names}, tasks(), progress=silent)
+
+
+def head_on(names):
+    """A made-up transfer: the target's value on the source's encoder."""
+    source, target = names
+    gain = 0.0 if source == target else EFFECT[source, target]
+    return {target: {"score": 0.4 * (1 + gain), "error": 1.0 * (1 - gain / 2)}}
+
+
+def test_features_are_compared_with_the_target_s_own(tmp_path, pool):
+    found = feature_relations(head_on, tasks(), executor=pool, cache=tmp_path, progress=silent)
+    np.testing.assert_allclose(found.improvement, expected(), rtol=1e-12)
+    assert len([*tmp_path.iterdir()]) == 9 + 1
+    with pytest.raises(ValueError, match='holds trainings of other trainings: "features", not "pairs"'):
+        enumerate_transfers(train, tasks(), cache=tmp_path, progress=silent)

@@ -148,6 +148,36 @@ def label_images(
     _console().print(f"labels: {folder}", soft_wrap=True, markup=False, highlight=False)
 
 
+@app.command()
+@_reported
+def relations(
+    experiment: Source,
+    assignments: Assignments = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the experiment's first.", min=0)] = None,
+    folder: Annotated[Path | None, typer.Option(help="The folder of all trainings.")] = None,
+    runs: Runs = Path("runs"),
+    jobs: Jobs = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train every task alone and every pair, and say which task helps which, for SAAL; finished runs are kept."""
+    from sidetask_bench.relations import enumerate_relations  # here, because matplotlib is slow to import
+
+    loaded = load_experiment(experiment, assignments or ())
+    folder = folder or runs / loaded.name / "relations"
+    console = _console()
+    found = enumerate_relations(loaded, folder, seed=seed, jobs=jobs, overwrite=overwrite, display=_display(console))
+    table = Table("source, improves by %", *found.tasks)
+    for source, row in zip(found.tasks, found.improvement.tolist(), strict=True):
+        table.add_row(source, *["" if value != value else f"{value:+.2f}" for value in row])
+    console.print(table)
+    for names, error in found.failed.items():
+        typer.echo(f"left out: {names}: {error}", err=True)
+    path = folder / "relations.json"
+    console.print(f"method: {{name: saal-e, relations: {path}}}", soft_wrap=True, markup=False, highlight=False)
+    if found.failed:
+        raise typer.Exit(1)
+
+
 @app.command("report")
 @_reported
 def rewrite_report(folder: Annotated[Path, typer.Argument(help="Of a comparison.")]) -> None:

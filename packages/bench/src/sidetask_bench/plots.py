@@ -8,6 +8,7 @@ without pyplot: nothing global is read or changed.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import textwrap
@@ -19,11 +20,14 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sidetask_bench.records import ByClass, Comparison, Curve, TaskRecord
+
+Matrix = npt.NDArray[np.float64]
 
 PANEL = (4.4, 3.1)
 DPI = 150
@@ -168,6 +172,34 @@ def curve_panels(
             draw = partial(_lines, curves=of_task, places=places, x="epoch", y=label(task))
             panels.append(Panel(task.name, draw, _ends_in_words("at the end", of_task)))
     return panels
+
+
+def relations_panel(tasks: Sequence[str], improvement: Matrix) -> Panel:
+    """Who gains by whom: the improvement of each target (column) by each source (row) in percent, as a heat map."""
+    left = 0.2 + 0.085 * max(len(_short(name)) for name in tasks)
+    pairs = [
+        f"{source} to {target} {_signed(improvement[s, t])} %"
+        for (s, source), (t, target) in itertools.permutations(enumerate(tasks), 2)
+        if math.isfinite(improvement[s, t])
+    ]
+    draw = partial(_heat_map, names=[_short(name) for name in tasks], values=improvement)
+    return Panel("Improvement by training beside another (%)", draw, "; ".join(pairs), left, 0.15)
+
+
+def _heat_map(ax: Axes, names: Sequence[str], values: Matrix) -> None:
+    most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    ax.imshow(np.ma.masked_invalid(values), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+    ax.grid(False)
+    places = range(len(names))
+    ax.set_xticks(places, names)
+    ax.set_yticks(places, names)
+    ax.set_xlabel("target", color=LIGHT.muted, fontsize=9)
+    ax.set_ylabel("source", color=LIGHT.muted, fontsize=9)
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            # Ink where the map is pale, white where it is deep.
+            colour = "white" if abs(value) > 0.6 * most else LIGHT.ink
+            ax.text(column, row, _signed(value), ha="center", va="center", color=colour, fontsize=9)
 
 
 def svg(panel: Panel, name: str) -> str:

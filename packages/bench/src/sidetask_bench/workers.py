@@ -31,6 +31,7 @@ Job = tuple[RunConfig, Path]
 Events = SimpleQueue[tuple[str, tuple[Any, ...]]]
 _POLL_SECONDS = 0.25
 
+_plugin: Plugin | None = None
 _dataset: Dataset | None = None
 _display = Display()
 
@@ -46,7 +47,7 @@ def train_all(
 
     Args:
         jobs: runs and folders.
-        dataset: the data of all of them.
+        dataset: the data of those whose configuration says `plugin`; another one's are made for it.
         plugin: how another process makes the same data.
         at_once: so many runs side by side, each in a process that takes its share of the cores; results come in the
             order they are ready. 1 trains here, in order.
@@ -56,7 +57,7 @@ def train_all(
     at_once = min(at_once, len(jobs))
     if at_once <= 1:
         for config, folder in jobs:
-            yield config, _attempt(config, folder, overwrite, dataset, display)
+            yield config, _attempt(config, folder, overwrite, _data_of(config, dataset, plugin), display)
         return
     threads = max(1, runtime.cores() // at_once)
     # Spawned, since neither CUDA nor OpenMP survives a fork.
@@ -117,9 +118,9 @@ def _attempt(config: RunConfig, folder: Path, overwrite: bool, dataset: Dataset,
 def _start(plugin: Plugin, threads: int, alive: Connection, events: Events) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent stops this
     threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
-    global _dataset, _display
+    global _plugin, _dataset, _display
     torch.set_num_threads(threads)
-    _dataset, _display = make_dataset(plugin), _Sender(events)
+    _plugin, _dataset, _display = plugin, make_dataset(plugin), _Sender(events)
 
 
 def _exit_with_parent(alive: Connection) -> None:
@@ -128,5 +129,10 @@ def _exit_with_parent(alive: Connection) -> None:
 
 
 def _attempt_there(config: RunConfig, folder: Path, overwrite: bool) -> dict[str, Any]:
+    assert _plugin is not None
     assert _dataset is not None
-    return _attempt(config, folder, overwrite, _dataset, _display)
+    return _attempt(config, folder, overwrite, _data_of(config, _dataset, _plugin), _display)
+
+
+def _data_of(config: RunConfig, dataset: Dataset, plugin: Plugin) -> Dataset:
+    return dataset if config.dataset == plugin else make_dataset(config.dataset)

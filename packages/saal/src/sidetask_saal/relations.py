@@ -143,8 +143,64 @@ def enumerate_transfers(
     >>> relations.chosen()
     ['a→b']
     """
-    tasks = tuple(tasks)
+    tasks = _checked_tasks(tasks)
     names = tuple(task.name for task in tasks)
+    groups: list[Names] = [(name,) for name in names] + list(itertools.combinations(names, 2))
+    trainings = {group: group for group in groups}
+    folder = None if cache is None else _Cache(Path(cache), "pairs", tasks, settings or {})
+    done, failed = _train_all(train, trainings, tasks, executor, folder, progress)
+
+    def single(target: str) -> Names:
+        return (target,)
+
+    def paired(source: str, target: str) -> Names:
+        return tuple(sorted((source, target), key=names.index))
+
+    return _relations(tasks, done, failed, single, paired, definition)
+
+
+def feature_relations(
+    train: Train,
+    tasks: Iterable[Task],
+    *,
+    executor: Executor | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    definition: Definition = "mean-of-tasks",
+    progress: Progress | None = None,
+) -> Relations:
+    """How good the source's features are for the target, beside the target's own: an estimate of relations.
+
+    For every ordered pair, a small head (two layers) for the target is trained on the encoder that was trained on the
+    source alone and learns no more (`sidetask_saal.Frozen`); the relation is the target's relative improvement over the
+    same with its own encoder. T² trainings.
+
+    Args:
+        train: ``train((source, target))`` trains such a head and gives ``{target: {metric: value}}``; source and target
+            may be the same.
+        tasks: as of `enumerate_transfers`, like all the rest.
+        executor: where trainings run.
+        cache: a folder that keeps results; not the one of `enumerate_transfers`.
+        settings: what else the results depend on.
+        definition: of a task's improvement.
+        progress: called after each training.
+
+    Returns:
+        The relations; the rows' ``single`` is the value on the target's own encoder, ``paired`` that on the source's.
+
+    Raises:
+        ValueError: as `enumerate_transfers`.
+    """
+    tasks = _checked_tasks(tasks)
+    trainings: dict[Names, Names] = {(s.name, t.name): (t.name,) for s, t in itertools.product(tasks, repeat=2)}
+    folder = None if cache is None else _Cache(Path(cache), "features", tasks, settings or {})
+    done, failed = _train_all(train, trainings, tasks, executor, folder, progress)
+    return _relations(tasks, done, failed, lambda t: (t, t), lambda s, t: (s, t), definition)
+
+
+def _checked_tasks(tasks: Iterable[Task]) -> tuple[Task, ...]:
+    tasks = tuple(tasks)
+    names = [task.name for task in tasks]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"relations are between two or more different tasks, not {', '.join(names) or 'none'}")
     for task in tasks:
@@ -152,47 +208,71 @@ def enumerate_transfers(
             raise ValueError(f"task {task.name!r} has no metrics by which it could improve")
         if ends(task.name) is not None:
             raise ValueError(f"task {task.name!r} has the name of a transfer")
-    folder = None if cache is None else _Cache(Path(cache), tasks, settings or {})
-    wanted: list[Names] = [(name,) for name in names] + list(itertools.combinations(names, 2))
+    return tasks
+
+
+def _train_all(
+    train: Train,
+    trainings: Mapping[Names, Names],
+    tasks: Sequence[Task],
+    executor: Executor | None,
+    cache: _Cache | None,
+    progress: Progress | None,
+) -> tuple[dict[Names, Results], dict[Names, str]]:
+    """The results of all trainings, and the errors of those that failed.
+
+    Args:
+        train: the training.
+        trainings: what it is given, and the tasks whose metrics it has to give.
+        tasks: say which metrics those are.
+        executor: where.
+        cache: what is done already.
+        progress: as of `enumerate_transfers`.
+    """
     done: dict[Names, Results] = {}
-    if folder is not None:
-        done = {group: found for group in wanted if (found := folder.get(group)) is not None}
-    missing = [group for group in wanted if group not in done]
+    if cache is not None:
+        done = {group: found for group in trainings if (found := cache.get(group)) is not None}
+    missing = [group for group in trainings if group not in done]
     failed: dict[Names, str] = {}
-    show, close = _shown(progress, len(wanted), len(done))
+    show, close = _shown(progress, len(trainings), len(done))
     try:
         for group, future in _run(train, missing, executor):
             error = future.exception()
             if isinstance(error, BrokenExecutor):
                 raise error
             if error is None:
-                done[group] = _checked(future.result(), group, tasks)
-                if folder is not None:
-                    folder.put(group, done[group])
+                done[group] = _checked(future.result(), group, [t for t in tasks if t.name in trainings[group]])
+                if cache is not None:
+                    cache.put(group, done[group])
             else:
                 failed[group] = f"{type(error).__name__}: {error}"
-            show(len(done) + len(failed), len(wanted), group)
+            show(len(done) + len(failed), len(trainings), group)
     finally:
         close()
-    return _relations(tasks, done, failed, definition)
+    return done, failed
 
 
 def _relations(
-    tasks: Sequence[Task], done: Mapping[Names, Results], failed: Mapping[Names, str], definition: Definition
+    tasks: Sequence[Task],
+    done: Mapping[Names, Results],
+    failed: Mapping[Names, str],
+    single_of: Callable[[str], Names],
+    pair_of: Callable[[str, str], Names],
+    definition: Definition,
 ) -> Relations:
     names = tuple(task.name for task in tasks)
     matrix = np.full((len(names), len(names)), math.nan)
     rows: list[dict[str, Any]] = []
     errors = {"+".join(group): error for group, error in failed.items()}
     for (s, source), (t, target) in itertools.permutations(enumerate(tasks), 2):
-        pair = (names[min(s, t)], names[max(s, t)])
-        single, paired = done.get((target.name,)), done.get(pair)
-        error = errors.get("+".join(pair)) or errors.get(target.name)
+        alone, pair = single_of(target.name), pair_of(source.name, target.name)
+        single, paired = done.get(alone), done.get(pair)
+        error = errors.get("+".join(pair)) or errors.get("+".join(alone))
         if single is not None and paired is not None:
             try:
                 matrix[s, t] = relative_improvement_by_task(paired, single, [target], definition)[target.name]
             except ValueError as problem:  # a single training whose metric is zero
-                error = errors[target.name] = str(problem)
+                error = errors["+".join(alone)] = str(problem)
             if error is None and math.isnan(matrix[s, t]):
                 error = errors["+".join(pair)] = f"the improvement of {target.name!r} is not a number"
         for metric, about in target.metrics.items():
@@ -240,8 +320,6 @@ def _checked(results: Any, group: Names, tasks: Sequence[Task]) -> dict[str, dic
     """The metrics that count, as plain numbers."""
     found: dict[str, dict[str, float]] = {}
     for task in tasks:
-        if task.name not in group:
-            continue
         given = results.get(task.name) if isinstance(results, Mapping) else None
         for metric in task.metrics:
             if not isinstance(given, Mapping) or metric not in given:
@@ -274,11 +352,13 @@ def _shown(progress: Progress | None, total: int, done: int) -> tuple[Progress, 
 class _Cache:
     """A folder with one file for each training, and one that says what they are trainings of."""
 
-    def __init__(self, folder: Path, tasks: Sequence[Task], settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, kind: str, tasks: Sequence[Task], settings: Mapping[str, Any]) -> None:
         self.folder, self.names = folder, tuple(task.name for task in tasks)
         metrics = {task.name: {name: m.higher_is_better for name, m in task.metrics.items()} for task in tasks}
         # As it reads back, so that tuples and lists are one.
-        ours = json.loads(json.dumps({"format": _FORMAT, "tasks": metrics, "settings": dict(settings)}))
+        ours = json.loads(
+            json.dumps({"format": _FORMAT, "trainings": kind, "tasks": metrics, "settings": dict(settings)})
+        )
         path = folder / "settings.json"
         if path.exists():
             theirs = _read(path)

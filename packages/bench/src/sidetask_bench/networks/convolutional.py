@@ -9,7 +9,7 @@ from sidetask_core import SplitModel
 from sidetask_datasets import Dataset
 from torch import Tensor, nn
 
-from sidetask_bench.networks.parts import check_cut, convolution, image_shape, resize, typical_label
+from sidetask_bench.networks.parts import Prediction, check_cut, convolution, image_shape, resize, typical_label
 
 
 def small(
@@ -60,9 +60,8 @@ def small(
     if dataset.dense:
         stages: list[nn.Module] = [Level(block) for block in blocks]
         for task in dataset.tasks:
-            head = PyramidHead(widths, head_width, dataset.outputs[task.name], (height, width))
-            nn.init.constant_(head.predict.get_parameter("bias"), typical_label(dataset, task))
-            heads[task.name] = head
+            outputs, start = dataset.outputs[task.name], typical_label(dataset, task)
+            heads[task.name] = PyramidHead(widths, head_width, outputs, (height, width), start)
     else:
         stages = list(blocks)
         for task in dataset.tasks:
@@ -99,12 +98,12 @@ class Level(nn.Module):
 class PyramidHead(nn.Module):
     """Sum the maps of all stages from coarse to fine, and predict at the size of the image."""
 
-    def __init__(self, widths: Sequence[int], width: int, outputs: int, size: tuple[int, int]) -> None:
+    def __init__(self, widths: Sequence[int], width: int, outputs: int, size: tuple[int, int], start: float) -> None:
         super().__init__()
         self.size = size
         self.lateral = nn.ModuleList(nn.Conv2d(inputs, width, 1) for inputs in widths)
         self.smooth = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), convolution(width, width))
-        self.predict = nn.Conv2d(width, outputs, 1)
+        self.predict = Prediction(width, outputs, start)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """``[N, outputs, H, W]``."""

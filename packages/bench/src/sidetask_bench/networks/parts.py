@@ -41,6 +41,22 @@ def convolution(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, 
     )
 
 
+class Prediction(nn.Conv2d):
+    """The last layer of a dense head: 1×1, with a bias that begins at `start`, also when the head is made anew."""
+
+    start = 0.0
+
+    def __init__(self, inputs: int, outputs: int, start: float) -> None:
+        super().__init__(inputs, outputs, 1)
+        self.start = start
+        nn.init.constant_(self.get_parameter("bias"), start)
+
+    def reset_parameters(self) -> None:
+        """As at the beginning."""
+        super().reset_parameters()
+        nn.init.constant_(self.get_parameter("bias"), self.start)
+
+
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear interpolation of ``[N, C, h, w]`` to ``size``."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

@@ -10,7 +10,7 @@ from sidetask_datasets import Dataset
 from torch import Tensor, nn
 
 from sidetask_bench.networks.convolutional import Level
-from sidetask_bench.networks.parts import check_cut, convolution, image_shape, resize, typical_label
+from sidetask_bench.networks.parts import Prediction, check_cut, convolution, image_shape, resize, typical_label
 
 
 def unet(dataset: Dataset, *, cut: int | None = None, widths: Sequence[int] = (64, 128, 256, 512, 1024)) -> SplitModel:
@@ -46,20 +46,18 @@ def unet(dataset: Dataset, *, cut: int | None = None, widths: Sequence[int] = (6
     stages = [Level(block if i == 0 else nn.Sequential(nn.MaxPool2d(2), block)) for i, block in enumerate(down)]
     heads: dict[str, nn.Module] = {}
     for task in dataset.tasks:
-        head = Decoder(widths, dataset.outputs[task.name])
-        nn.init.constant_(head.predict.get_parameter("bias"), typical_label(dataset, task))
-        heads[task.name] = head
+        heads[task.name] = Decoder(widths, dataset.outputs[task.name], typical_label(dataset, task))
     return SplitModel.from_stages(stages, check_cut(cut, len(stages)), heads)
 
 
 class Decoder(nn.Module):
     """The way up: from the maps of all stages, coarsest last, to a prediction of the size of the first."""
 
-    def __init__(self, widths: Sequence[int], outputs: int) -> None:
+    def __init__(self, widths: Sequence[int], outputs: int, start: float) -> None:
         super().__init__()
         pairs = zip(widths[:0:-1], widths[-2::-1], strict=True)
         self.up = nn.ModuleList(_twice(coarse + fine, fine) for coarse, fine in pairs)
-        self.predict = nn.Conv2d(widths[0], outputs, 1)
+        self.predict = Prediction(widths[0], outputs, start)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """``[N, outputs, H, W]``."""

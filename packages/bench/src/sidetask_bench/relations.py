@@ -1,0 +1,130 @@
+"""Which task helps which: every task alone and every pair on a shared bottom, and the matrix of who gains by whom."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sidetask_core import StepFailure
+
+from sidetask_bench import plots, storage
+from sidetask_bench.assemble import make_dataset, make_step
+from sidetask_bench.config import Experiment, Plugin, RunConfig
+from sidetask_bench.progress import Display
+from sidetask_bench.schema import ExperimentError
+from sidetask_bench.workers import train_all
+
+if TYPE_CHECKING:
+    from sidetask_saal import Relations
+
+
+def enumerate_relations(
+    experiment: Experiment,
+    folder: str | Path,
+    *,
+    seed: int | None = None,
+    jobs: int = 1,
+    overwrite: bool = False,
+    display: Display | None = None,
+) -> Relations:
+    """Train the tasks of an experiment alone and in pairs, with its base's network shared to the heads.
+
+    Relations are read from the validation split, at each run's chosen epoch, for they are going to choose a method. The
+    folder gets a run for each training, ``relations.json`` for the methods' option ``relations``, ``relations.csv`` and
+    ``relations.png``. Finished runs are kept and interrupted ones resumed.
+
+    Args:
+        experiment: its data set must take the option ``tasks``.
+        folder: see above.
+        seed: instead of the experiment's first.
+        jobs: so many trainings at a time, each in its own process.
+        overwrite: train again, whatever the folder holds.
+        display: shows progress; nothing by default.
+
+    Raises:
+        ExperimentError: if sidetask-saal is not installed, or for what the experiment asks for and does not exist.
+    """
+    try:
+        from sidetask_saal import enumerate_transfers
+    except ImportError as error:
+        raise ExperimentError("relations need the package sidetask-saal; pip install sidetask-saal") from error
+    folder = Path(folder)
+    dataset = make_dataset(experiment.dataset)
+    names = [task.name for task in dataset.tasks]
+    if len(names) < 2:
+        raise ExperimentError(
+            f"dataset {experiment.dataset.name!r} has one task, {names[0]}; relations are between two"
+        )
+    base = experiment.run(None, experiment.seeds[0] if seed is None else seed)
+    groups = [*((name,) for name in names), *itertools.combinations(names, 2)]
+    runs = {group: _run_of(base, group) for group in groups}
+    for config in runs.values():
+        make_step(config, make_dataset(config.dataset))
+    places = {config.row: folder / config.label for config in runs.values()}
+    outcomes = train_all(
+        [(config, places[config.row]) for config in runs.values()],
+        dataset,
+        experiment.dataset,
+        at_once=jobs,
+        overwrite=overwrite,
+        display=display or Display(),
+    )
+    done = {config.row: outcome for config, outcome in outcomes}
+    relations = enumerate_transfers(
+        _Finished({group: (places[c.row], done[c.row]) for group, c in runs.items()}),
+        dataset.tasks,
+        definition="mean-of-tasks" if experiment.improvement == "flat" else experiment.improvement,
+        progress=lambda *_: None,
+    )
+    relations.save(folder / "relations.json")
+    storage.write_text(folder / "relations.csv", _csv(relations.rows))
+    plots.png([plots.relations_panel(relations.tasks, relations.improvement)], folder / "relations.png", columns=1)
+    return relations
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """The validation metrics of runs that have ended, as if they were trained now."""
+
+    runs: dict[tuple[str, ...], tuple[Path, dict[str, Any]]]
+
+    def __call__(self, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+        folder, outcome = self.runs[names]
+        if "error" in outcome:
+            raise StepFailure(outcome["error"])
+        chosen = outcome["epoch"]
+        found: dict[str, dict[str, float]] = {}
+        for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
+            record = json.loads(line)
+            for name in names:
+                if record["epoch"] == (chosen[name] if isinstance(chosen, dict) else chosen):
+                    metrics = record["validation"][name]
+                    found[name] = {key: float("nan") if value is None else value for key, value in metrics.items()}
+        return found
+
+
+def _run_of(base: RunConfig, tasks: Sequence[str]) -> RunConfig:
+    """The run that trains these tasks, all of them primary, on a shared bottom."""
+    options = {key: value for key, value in base.dataset.options.items() if key != "primary"}
+    network = {key: value for key, value in base.network.options.items() if key != "cut"}
+    return replace(
+        base,
+        row="+".join(tasks),
+        dataset=Plugin(base.dataset.name, {**options, "tasks": list(tasks)}),
+        network=Plugin(base.network.name, network),
+        method="equal",
+    )
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

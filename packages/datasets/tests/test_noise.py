@@ -1,7 +1,6 @@
 import pytest
 import torch
-from sidetask_core import SplitModel, Step
-from sidetask_core.plugins import make_method
+from sidetask_core import Method, SplitModel, Step
 from sidetask_datasets import Augmentation, Column, Dataset, ResidentSplit, View, digits, scenes, tasks, with_noise
 from sidetask_datasets.noise import NoisySplit
 from sidetask_datasets.scenes.stream import Recipe, SceneStream
@@ -116,7 +115,7 @@ def test_it_is_an_auxiliary_task_that_is_not_deployed():
     with pytest.raises(ValueError, match="unknown primary task 'noise'; there are: segmentation, depth"):
         scenes(**OPTIONS, noise=True, primary=["noise"])
     heads = {name: torch.nn.Conv2d(4, count, 1) for name, count in NOISY.outputs.items()}
-    step = Step(SplitModel(torch.nn.Conv2d(3, 4, 1), heads), NOISY.tasks, make_method("equal", NOISY.tasks))
+    step = Step(SplitModel(torch.nn.Conv2d(3, 4, 1), heads), NOISY.tasks, Method())
     assert set(step.export().heads) == set(NAMES)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from sidetask_core import Task, relative_improvement_by_task
 from sidetask_core.improvement import Definition
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sidetask_saal.auxiliaries import ends, transfer
 
@@ -123,7 +124,7 @@ def enumerate_transfers(
             or tasks; anything that JSON can say.
         definition: of a task's improvement, see `sidetask_core.relative_improvement`.
         progress: called as ``progress(done, total, names)`` after each training, with those from the cache counted
-            beforehand; if None, a bar is shown where `tqdm` is installed.
+            beforehand; a bar on standard error if None.
 
     Returns:
         The relations. A training that failed is named in their `failed` with its error, and takes nothing from the
@@ -336,10 +337,6 @@ def _shown(progress: Progress | None, total: int, done: int) -> tuple[Progress, 
     """What to call after each training, and at the end."""
     if progress is not None:
         return progress, lambda: None
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        return lambda *_: None, lambda: None
     bar = tqdm(total=total, initial=done, unit="training")
 
     def show(done: int, total: int, names: Names) -> None:

@@ -20,7 +20,7 @@ OPTIONS = {
 
 
 def pairs():
-    """Every method above the cut with one below it and the other way round, of two distributions where there are two."""
+    """Every method above the cut with one below it, and the other way round; of two distributions if there are two."""
     homes = installed("methods")
     names = {home: [name for name in homes if homes[name] == home] for home in sorted(set(homes.values()))}
     if len(names) == 1:

@@ -178,6 +178,24 @@ def relations(
         raise typer.Exit(1)
 
 
+@app.command("watch")
+@_reported
+def watch_runs(
+    folder: Annotated[Path, typer.Argument(help="Of a run, or of several.")],
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Write TensorBoard scalars of what there is and of what comes into this folder.")
+    ] = None,
+) -> None:
+    """Follow runs that another process trains, until none goes on."""
+    from sidetask_bench.watch import watch
+
+    stopped = watch(folder, ConsoleDisplay(_console()), tensorboard=tensorboard)
+    for name in stopped:
+        typer.echo(f"{name} has stopped without a result; the command that began it goes on with it", err=True)
+    if stopped:
+        raise typer.Exit(1)
+
+
 @app.command("report")
 @_reported
 def rewrite_report(folder: Annotated[Path, typer.Argument(help="Of a comparison.")]) -> None:

@@ -30,6 +30,14 @@ class Uncertain(Protocol):
         """See `Rule.objective`."""
 
 
+@runtime_checkable
+class FollowsUncertainty(Protocol):
+    """A rule that goes by how uncertain another one is, and can be told which."""
+
+    def follow(self, rule: Uncertain) -> None:
+        """Go by the σ of this rule from now on."""
+
+
 class Uncertainty(Weighting):
     """Weigh each loss by the inverse of a variance that is learned with the network.
 

@@ -109,7 +109,7 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
                 f"{_listed(names)}; name the method that adds tasks in the slot augment, too"
             )
     for one in built:
-        # Of two augments of one type, that of the slot counts: rules made for the tasks that it adds come with their own.
+        # Of two augments of one type the slot's counts: rules made for the tasks that it adds come with their own.
         without = type(slots.get("augment")) is not type(one.method.augment)
         if one.method.augment is not None and without:
             raise one.loses("augment")
@@ -132,8 +132,8 @@ class _Built:
     def loses(self, slot: str) -> ValueError:
         where = " and ".join(dict.fromkeys(self.slots))
         return ValueError(
-            f"the method {dict(self.spec)!r} has something for the slot {slot}, which is lost in the slot {where} alone; "
-            f"name it in the slot {slot}, too"
+            f"the method {dict(self.spec)!r} has something for the slot {slot}, which is lost in the slot {where} "
+            f"alone; name it in the slot {slot}, too"
         )
 
 

@@ -12,8 +12,8 @@ from sidetask_core.method import Weighting
 from sidetask_core.signals import Signals
 from sidetask_core.task import Task
 
-# Of log variances: those of losses from about 1e-7 to 1e7. No wider, since the first step of a loss that comes back after
-# it was zero is weighed by e^_END / 2.
+# Of log variances: those of losses from about 1e-7 to 1e7. No wider, since the first step of a loss that comes back
+# after it was zero is weighed by e^_END / 2.
 _END = 16.0
 
 

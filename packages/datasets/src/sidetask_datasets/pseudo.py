@@ -152,8 +152,9 @@ def fingerprint(module: nn.Module) -> str:
     found = 0
     for name, value in module.state_dict().items():
         if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found = zlib.crc32(flat.numpy(), zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), found))
+            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            found = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), found)
+            found = zlib.crc32(flat.tobytes(), found)
     return f"{type(module).__name__} {found:08x}"
 
 

@@ -74,7 +74,8 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
     Raises:
         MissingKey: for a name that is not installed, or a method that leaves the asked slot empty.
         TypeError: for a spec of another form, or options that the method does not take.
-        ValueError: for a slot of a method that has an augment or shapers besides, if no slot takes these.
+        ValueError: for a slot of a method that has shapers besides which no slot takes, or an augment, unless the slot
+            augment holds one of its type, whose options then count.
 
     >>> make_method({"encodr": "pcgrad"}, [Task("a", loss=abs)])
     Traceback (most recent call last):

@@ -61,6 +61,7 @@ class Goal:
 GOALS = {
     "losses": Goal((1.06, 1.06)),
     "features": Goal((1.06, 1.06), 1.4),
+    "ial": Goal((1.06, 1.15), 1.4),
     "pcgrad over parameters": Goal((1.8, 11.0)),
     "before": Goal((3.0, 3.6), 2.2),
     "after": Goal((2.4, math.inf), 2.2),
@@ -73,6 +74,7 @@ METHODS: dict[str, tuple[Any, str | None]] = {
     **{name: (name, "losses") for name in ("uncertainty", "dwa", "rlw", "imtl-l", "atw", "puw")},
     "famo": ("famo", None),  # another forward pass, to see what the last step did to the losses
     "per-objective-uncertainty": ("per-objective-uncertainty", "losses"),
+    "ial": ("ial", "ial"),
     **{
         f"{name} {where}": ({"name": name, "at": at}, reads)
         for at, where, reads in (("features", "at features", "features"), ("parameters", "over parameters", None))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sidetask_core import parallel
-from sidetask_core.passes import Ahead, Domain, Gradients, Passes, vector_jacobian
+from sidetask_core.passes import Ahead, Branch, Domain, Gradients, Passes, vector_jacobian
 from sidetask_core.signals import Place
 
 
@@ -50,15 +50,14 @@ class _Sum:
 def combine(passes: Passes, weights: Weights, ahead: bool = False) -> dict[nn.Parameter, Tensor]:
     """The gradient of every parameter that the losses reach, summed over processes.
 
-    Whoever asks `ahead` of the step leaves everything in place for the step, which pays nothing twice: gradients below
-    the cut are kept for each task, and those above are the step's own if it has the same encoder weights.
+    Whoever asks `ahead` of the step leaves everything in place for the step, which pays nothing twice: gradients of
+    heads are kept for each task, and those above are the step's own if it has the same encoder weights.
     """
     local: dict[nn.Parameter, Tensor] = {}
     at_features: Gradients = []
+    through: dict[Branch, tuple[Gradients, Gradients]] = {}
     for domain in passes.domains:
-        if ahead:
-            passes.feature_gradients(domain)
-        at_features += _below(passes, domain, weights, local, ahead)
+        at_features += _below(passes, domain, weights, local, through, ahead)
     whole: dict[nn.Parameter, Tensor] = {}
     over_parameters = weights.combined is not None and weights.combined.at == "parameters"
     if over_parameters or (weights.combined is None and passes.has_parameter_gradients()):
@@ -75,7 +74,7 @@ def combine(passes: Passes, weights: Weights, ahead: bool = False) -> dict[nn.Pa
         # An earlier read of parameter gradients keeps the graph; nothing comes after the step's own pass.
         shared = vector_jacobian(above, at_features, passes.shared, retain=ahead)
         if ahead:
-            passes.ahead = Ahead(weights.encoder, weights.encoder._version, shared)
+            passes.ahead = Ahead(weights.encoder, weights.encoder._version, shared, through)
         _add(local, passes.shared, shared)
     parameters = passes.trainable
     summed = parallel.add_gradients(parameters, [local.get(p) for p in parameters])
@@ -86,11 +85,20 @@ def combine(passes: Passes, weights: Weights, ahead: bool = False) -> dict[nn.Pa
 
 
 def _below(
-    passes: Passes, domain: Domain, weights: Weights, local: dict[nn.Parameter, Tensor], keep: bool
+    passes: Passes,
+    domain: Domain,
+    weights: Weights,
+    local: dict[nn.Parameter, Tensor],
+    through: dict[Branch, tuple[Gradients, Gradients]],
+    keep: bool,
 ) -> Gradients:
-    """Collect the gradients of heads and branches in `local`; return the weighted gradient at the features."""
+    """Collect the gradients of heads and branches in `local`; return the weighted gradient at the features.
+
+    What sums were made of on their way `through` a branch is kept, if the step may have the same weights.
+    """
     cut = domain.cut
     matrix = domain.gradients
+    known = passes.ahead.branches if passes.ahead is not None and passes.ahead.under(weights.encoder) else {}
     at_features = _Sum(len(cut.below))
     # Branch by branch in the order of the first riders, so that further riders of weight zero change no bit.
     riders: dict[int, list[int]] = {}
@@ -107,9 +115,9 @@ def _below(
             _add(local, passes.own[t], weighted.gradients)
             if matrix is not None:
                 if branch is not None:
-                    through = _Sum(len(branch.parameters))
-                    through.add(branch.gradients[t], weights.decoder[t])
-                    _add(local, branch.parameters, through.gradients)
+                    of_rider = _Sum(len(branch.parameters))
+                    of_rider.add(branch.gradients[t], weights.decoder[t])
+                    _add(local, branch.parameters, of_rider.gradients)
             elif branch is None:
                 at_features.add(at_cut, weights.encoder[t])
             else:
@@ -119,12 +127,20 @@ def _below(
         if branch is None or matrix is not None:
             continue
         if weights.encoder is weights.decoder:
-            wanted = [*branch.parameters, *cut.below]
-            found = vector_jacobian(branch.cut.above, for_encoder.gradients, wanted)
-            own, at_cut = found[: len(branch.parameters)], found[len(branch.parameters) :]
+            if branch in known:
+                own, at_cut = known[branch]
+            else:
+                wanted = [*branch.parameters, *cut.below]
+                found = vector_jacobian(branch.cut.above, for_encoder.gradients, wanted)
+                own, at_cut = found[: len(branch.parameters)], found[len(branch.parameters) :]
+            if keep:
+                through[branch] = own, at_cut
         else:
             own = vector_jacobian(branch.cut.above, for_decoder.gradients, branch.parameters)
-            at_cut = vector_jacobian(branch.cut.above, for_encoder.gradients, cut.below)
+            if branch in known:
+                at_cut = known[branch][1]
+            else:
+                at_cut = vector_jacobian(branch.cut.above, for_encoder.gradients, cut.below)
         _add(local, branch.parameters, own)
         at_features.add(at_cut, torch.ones_like(weights.encoder[0]))
     if matrix is not None:

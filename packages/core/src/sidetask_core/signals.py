@@ -50,7 +50,7 @@ class Ahead(Protocol):
 
     loss: Tensor | None
 
-    def derivative(self, weights: Tensor, part: Part, mode: Mode, among: Collection[int]) -> Tensor:
+    def derivative(self, weights: Tensor, part: Part, mode: Mode, among: Collection[int], taken: bool) -> Tensor:
         """See `Signals.lookahead`."""
 
     def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
@@ -273,7 +273,9 @@ class Signals:
         """
         return self._progress()
 
-    def lookahead(self, weights: Tensor, *, mode: Mode = "exact", among: Sequence[str] | None = None) -> Tensor:
+    def lookahead(
+        self, weights: Tensor, *, mode: Mode = "exact", among: Sequence[str] | None = None, taken: bool = False
+    ) -> Tensor:
         """d(validation loss after the step) / d(weight of each task in the step), ``[T]``, over all processes.
 
         The step is the one that the optimizer would take with `weights` on the parameters that the rule weighs
@@ -291,6 +293,8 @@ class Signals:
                 one. Heads are not run again.
             among: the tasks whose derivatives are wanted; all if None. Others get zero, and tasks with inputs of their
                 own are not encoded for it.
+            taken: whether the step is going to be taken with this very tensor of weights. It decides what costs least
+                behind a branch that several heads ride, and not what is found.
 
         Where the encoder detaches a value or computes it under `torch.no_grad`, ``"exact"`` takes it for constant, as
         gradients do; differences follow it. Clipping between this and the optimizer's step is not known here. Where the
@@ -302,7 +306,7 @@ class Signals:
             NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
         """
         ahead = self._ahead()
-        found = ahead.derivative(weights, self.part, _mode(mode), self._indices(among))
+        found = ahead.derivative(weights, self.part, _mode(mode), self._indices(among), taken)
         # A validation loss that is not finite is none of the scaler's business: it would skip every step.
         if self._passes.scaled and ahead.loss is not None and not ahead.loss.isfinite():
             return found

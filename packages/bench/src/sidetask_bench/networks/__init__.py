@@ -5,7 +5,8 @@ own by declaring one.
 """
 
 from sidetask_bench.networks.convolutional import small
+from sidetask_bench.networks.frozen import frozen
 from sidetask_bench.networks.resnet import deeplabv3
 from sidetask_bench.networks.unet import unet
 
-__all__ = ["deeplabv3", "small", "unet"]
+__all__ = ["deeplabv3", "frozen", "small", "unet"]

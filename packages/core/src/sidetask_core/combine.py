@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,22 +42,25 @@ class _Sum:
     def add(self, gradients: Gradients, weight: Tensor) -> None:
         for i, gradient in enumerate(gradients):
             if gradient is not None:
-                term = gradient * weight.to(gradient)
-                so_far = self.gradients[i]
-                self.gradients[i] = term if so_far is None else so_far.add_(term)
+                so_far, factor = self.gradients[i], weight.to(gradient)
+                # In one pass over the memory: these may be as large as the network, and many.
+                self.gradients[i] = gradient * factor if so_far is None else so_far.addcmul_(gradient, factor)
 
 
-def combine(passes: Passes, weights: Weights, ahead: bool = False) -> dict[nn.Parameter, Tensor]:
+def combine(
+    passes: Passes, weights: Weights, ahead: bool = False, among: Collection[int] | None = None
+) -> dict[nn.Parameter, Tensor]:
     """The gradient of every parameter that the losses reach, summed over processes.
 
     Whoever asks `ahead` of the step leaves everything in place for the step, which pays nothing twice: gradients of
-    heads are kept for each task, and those above are the step's own if it has the same encoder weights.
+    heads are kept for each task, and those above are the step's own if it has the same encoder weights. If `among` says
+    which tasks have weights, the others, whose weights are zero, are passed over.
     """
     local: dict[nn.Parameter, Tensor] = {}
     at_features: Gradients = []
     through: dict[Branch, tuple[Gradients, Gradients]] = {}
     for domain in passes.domains:
-        at_features += _below(passes, domain, weights, local, through, ahead)
+        at_features += _below(passes, domain, weights, local, through, ahead, among)
     whole: dict[nn.Parameter, Tensor] = {}
     over_parameters = weights.combined is not None and weights.combined.at == "parameters"
     if over_parameters or (weights.combined is None and passes.has_parameter_gradients()):
@@ -91,6 +94,7 @@ def _below(
     local: dict[nn.Parameter, Tensor],
     through: dict[Branch, tuple[Gradients, Gradients]],
     keep: bool,
+    among: Collection[int] | None,
 ) -> Gradients:
     """Collect the gradients of heads and branches in `local`; return the weighted gradient at the features.
 
@@ -108,23 +112,27 @@ def _below(
     for together in riders.values():
         branch = passes.branch_of[together[0]]
         for_encoder, for_decoder = (_Sum(0 if branch is None else len(branch.cut.below)) for _ in range(2))
+        of_riders = _Sum(0 if branch is None else len(branch.parameters))
         for t in together:
+            if among is not None and t not in among:
+                continue
             own, at_cut = passes.head(t, keep)
             weighted = _Sum(len(own))
             weighted.add(own, weights.decoder[t])
             _add(local, passes.own[t], weighted.gradients)
             if matrix is not None:
                 if branch is not None:
-                    of_rider = _Sum(len(branch.parameters))
-                    of_rider.add(branch.gradients[t], weights.decoder[t])
-                    _add(local, branch.parameters, of_rider.gradients)
+                    of_riders.add(branch.gradients[t], weights.decoder[t])
             elif branch is None:
                 at_features.add(at_cut, weights.encoder[t])
             else:
                 for_encoder.add(at_cut, weights.encoder[t])
                 if weights.encoder is not weights.decoder:
                     for_decoder.add(at_cut, weights.decoder[t])
-        if branch is None or matrix is not None:
+        if branch is None:
+            continue
+        if matrix is not None:
+            _add(local, branch.parameters, of_riders.gradients)
             continue
         if weights.encoder is weights.decoder:
             if branch in known:

@@ -69,12 +69,16 @@ class Move:
         here = parameter.detach()
         if gradient is None or group is None:
             return cls(here, 0.0)
-        step = gradient + group.get("weight_decay", 0.0) * here
+        step = _plus(gradient, group.get("weight_decay", 0.0), here)
         if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
             momentum, velocity = group["momentum"], optimizer.state.get(parameter, {}).get("momentum_buffer")
-            velocity = step if velocity is None else momentum * velocity + (1 - group["dampening"]) * step
-            step = step + momentum * velocity if group["nesterov"] else velocity
-        return cls(here - group["lr"] * step, rate_of(parameter, optimizer, group))
+            if velocity is None:
+                velocity = step
+            else:
+                kept = 1 - group["dampening"]
+                velocity = _plus(step if kept == 1 else kept * step, momentum, velocity)
+            step = _plus(step, momentum, velocity) if group["nesterov"] else velocity
+        return cls(_plus(here, -group["lr"], step), rate_of(parameter, optimizer, group))
 
 
 def groups_of(optimizer: torch.optim.Optimizer, model: SplitModel) -> dict[int, Group]:
@@ -419,6 +423,10 @@ class Lookahead:
         """α ∇ of the validation loss of tasks `of` after the step with these weights, by name."""
         passes = self.passes
         governed = parameters_of(self.model, passes, part)
+        # What the validation loss does not read may stay where it is.
+        read = {id(p) for task in of for p in self.model.specific_parameters(task.name)}
+        read |= {id(p) for p in self.model.shared_parameters()}
+        governed = {name: p for name, p in governed.items() if id(p) in read}
         found = combine(passes, weights, ahead=True)
         groups = groups_of(self.optimizer, self.model)
         after, rates = {}, {}
@@ -509,7 +517,7 @@ class Hindsight:
         """α ∇ of the unweighted loss of tasks `of` in this step, by name."""
         ones = torch.tensor([float(t in of) for t in range(len(passes.losses))]).to(passes.losses[0])
         passes.prepare(HINDSIGHT)
-        found = combine(passes, Weights(ones, ones), ahead=True)
+        found = combine(passes, Weights(ones, ones), ahead=True, among=of)
         # No step has these weights, so that nobody will ask for the gradient again.
         passes.ahead = None
         governed = parameters_of(model, passes, part)
@@ -525,6 +533,11 @@ def parameters_of(model: SplitModel, passes: Passes, part: Part) -> dict[str, nn
     shared = {id(p) for p in passes.shared}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {name: p for name, p in trained.items() if part == "all" or (id(p) in shared) == (part == "shared")}
+
+
+def _plus(a: Tensor, factor: float | Tensor, b: Tensor) -> Tensor:
+    """Give a + factor · b, in one pass over the memory unless the factor is a tensor, which would be waited for."""
+    return a + factor * b if isinstance(factor, Tensor) else torch.add(a, b, alpha=factor)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

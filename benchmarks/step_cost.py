@@ -7,10 +7,10 @@
 Three settings: three dense tasks (segmentation, depth, normals) on a ResNet-18 with DeepLabV3 heads of 144 channels,
 which do 38 % of the work; twenty classification tasks with small heads on the same trunk; and the dense tasks on the
 half-shared network, each with layer3 and layer4 of its own, for the methods that add transfers. One round times one
-step of every method, in an order drawn anew; a ratio is taken within its round, and the table gives its median and quartiles
-over the rounds. Memory is the most that two steps in a row hold at a time on top of parameters, momentum and batches:
-gradients, copies of the network, and whatever is kept from one step to the next. `plain` is the sum of losses and one
-``backward()``, without this project.
+step of every method, in an order drawn anew; a ratio is taken within its round, and the table gives its median and
+quartiles over the rounds. Memory is the most that two steps in a row hold at a time on top of parameters, momentum and
+batches: gradients, copies of the network, and whatever is kept from one step to the next. `plain` is the sum of losses
+and one ``backward()``, without this project.
 
 Methods that look ahead get a validation batch as large as the training batch, and SGD with momentum and weight decay to
 follow. In their rows all tasks are primary, unless it says "one primary". Of a method that learns in every fifth step,

@@ -1,9 +1,11 @@
 """Looking ahead and back behind branches that many heads ride: a derivative is carried through each of them once."""
 
+import functools
+
 import pytest
 import torch
 from sidetask_core import Batch, Equal, Method, SplitModel, Step, Task, Weighting
-from sidetask_core.testing import batches, close, gradients, squared
+from sidetask_core.testing import batches, close, gradients, in_two_processes, squared
 from torch import nn
 from torch.func import functional_call
 
@@ -230,6 +232,47 @@ def test_hindsight_survives_a_resume(tmp_path):
     go(resumed, resumed_optimizer, data[2:])
     for found, expected in zip(its_rule.found, rule.found[2:], strict=True):
         assert torch.equal(found, expected)
+
+
+def of_a_share(rank, world, back):
+    tasks, model = eleven(), network()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    rows = slice(None) if world == 1 else slice(0, 4) if rank == 0 else slice(4, 6)
+    data = [Batch(b.inputs[rows], {k: y[rows] for k, y in b.targets.items()}) for b in batches(3, names=NAMES)]
+    rule, optimizer = Looks(tasks, back=back), torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    step = Step(model, tasks, Method(encoder=rule))
+    for batch in data:
+        optimizer.zero_grad()
+        step.backward(batch, validation=data[0], optimizer=optimizer)
+        optimizer.step()
+    return {str(i): found for i, found in enumerate(rule.found) if found is not None} | {
+        name: p.detach() for name, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_two_processes_are_as_one(back):
+    whole = of_a_share(0, 1, back)
+    for half in in_two_processes(functools.partial(of_a_share, back=back)):
+        for name, value in whole.items():
+            close(half[name], value, name, rtol=1e-9)
+
+
+@pytest.mark.parametrize("how", [{}, {"taken": True}])
+def test_under_a_scaler_slopes_are_those_of_the_losses(how):
+    found = []
+    for scaled in (False, True):
+        tasks, model = eleven(), network(dtype=torch.float32)
+        first, second = batches(2, names=NAMES, dtype=torch.float32)
+        rule = Looks(tasks, **how)
+        step, optimizer = Step(model, tasks, Method(encoder=rule)), torch.optim.SGD(model.parameters(), lr=LR)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
+        step.backward(first, validation=second, optimizer=optimizer, scaler=scaler)
+        found.append((rule.found[0], {name: g / scaler.get_scale() for name, g in gradients(model).items()}))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-7)
 
 
 class Counts(nn.Linear):

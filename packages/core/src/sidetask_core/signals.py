@@ -284,12 +284,12 @@ class Signals:
 
         Costs one more backward pass over the encoder (none if the step itself has these weights), a forward and a
         backward pass over the validation batch for the primary tasks, and what the mode costs. A branch that several
-        heads ride costs what the encoder costs, or one backward pass for each of them if that is less. BatchNorm statistics and
-        random state do not notice, and dropout draws what it drew in the step.
+        heads ride costs what the encoder costs, or one backward pass for each of them if that is less. BatchNorm
+        statistics and random state do not notice, and dropout draws what it drew in the step.
 
         Args:
             weights: of the tasks in the step ``[T]``.
-            mode: ``"exact"``, by a forward-mode derivative of the encoder, and of branches, which does the work of three
+            mode: ``"exact"``, by a forward-mode derivative of the encoder (and branches), which does the work of three
                 forward passes; ``"difference"``, by two forward passes with displaced parameters; ``"one-sided"``, by
                 one. Heads are not run again.
             among: the tasks whose derivatives are wanted; all if None. Others get zero, and tasks with inputs of their

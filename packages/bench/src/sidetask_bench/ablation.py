@@ -121,7 +121,7 @@ def ablate_transfers(
         ]
     if rows:
         storage.write_text(folder / "ablation.csv", csv_text(rows))
-        panel = plots.matrix_panel("What each connection gives its target (%)", tasks, effect)
+        panel = plots.matrix_panel("Gain by each connection (%)", tasks, effect)
         plots.png([panel], folder / "ablation.png", columns=1)
     return Ablation(tasks, effect, rows, failed)
 

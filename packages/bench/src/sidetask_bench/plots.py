@@ -176,7 +176,7 @@ def curve_panels(
 
 def relations_panel(tasks: Sequence[str], improvement: Matrix) -> Panel:
     """Who gains by whom: the improvement of each target (column) by each source (row) in percent, as a heat map."""
-    return matrix_panel("Improvement by training beside another (%)", tasks, improvement)
+    return matrix_panel("Gain beside another task (%)", tasks, improvement)
 
 
 def matrix_panel(title: str, tasks: Sequence[str], values: Matrix) -> Panel:

@@ -1,11 +1,13 @@
-"""How many floating-point operations a step of Auto-λ does, as a multiple of equal weighting: the floor of its time.
+"""How many floating-point operations a step of Auto-λ or SAAL does, as a multiple of equal weighting's.
 
     python benchmarks/operations.py
     python benchmarks/operations.py --write
 
-Counted are the convolutions and matrix products of one step in the settings of `step_cost.py`, forward, backward and
-forward-mode; of a method that learns in every fifth step, those of five steps by five. The count is the same on every
-machine of one release of PyTorch.
+It is the floor of their time. Of the methods that add transfers it is counted for several numbers of tasks, and
+``results/transfers.svg`` draws how it grows, with the times that `step_cost.py` has measured. Counted are the
+convolutions and matrix products of one step in the settings of `step_cost.py`, forward, backward and forward-mode; of
+a method that learns in every fifth step, those of five steps by five. The count is the same on every machine of one
+release of PyTorch.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from peers import losses_of, peers
-from step_cost import METHODS, Run, Setting, classification, dense, ours
+from step_cost import METHODS, TRANSFERS, Run, Setting, classification, dense, half_shared, ours
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 LIBRARY = "as published"
+TASKS = (3, 5, 7, 9)
+RESULTS = Path(__file__).parent / "results"
 
 
 class Operations(TorchDispatchMode):
@@ -62,6 +68,41 @@ def share_of_heads(setting: Setting) -> float:
     return operations(heads) / operations(whole)
 
 
+def of_transfers() -> tuple[list[float], dict[str, list[float]]]:
+    """The heads' share of a plain step, and the operations of the methods that add transfers, for each of `TASKS`."""
+    shares: list[float] = []
+    rows: dict[str, list[float]] = {row: [] for row in TRANSFERS if row != "equal"}
+    for tasks in TASKS:
+        setting = half_shared("cpu", images=2, tasks=tasks)
+        shares.append(share_of_heads(setting))
+        equal = operations(ours(setting, "equal", "equal"))
+        for row, ratios in rows.items():
+            step = ours(setting, row, TRANSFERS[row][0])
+            step()
+            ratios.append(operations(step) / equal)
+    return shares, rows
+
+
+def draw(rows: dict[str, list[float]], path: Path) -> None:
+    """How operations grow with the number of tasks; dots are measured times."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    ax: Axes = figure.subplots()
+    lines = {row: ax.plot(TASKS, ratios, label=row)[0].get_color() for row, ratios in rows.items()}
+    for tasks in TASKS:
+        measured = RESULTS / f"step_cost-cpu-half_shared{'' if tasks == 3 else f'-{tasks}'}.json"
+        if measured.exists():
+            for row in json.loads(measured.read_text())["rows"]:
+                if row["method"] in lines:
+                    ax.plot(tasks, row["ratio"], "o", color=lines[row["method"]], markersize=4)
+    ax.set_xticks(TASKS)
+    ax.set_xlabel("tasks T, with T (T − 1) transfers (half: half of them)")
+    ax.set_ylabel("of equal weighting's step")
+    ax.set_ylim(bottom=0)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     """Count, print, and write what was counted if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,16 +128,28 @@ def main() -> None:
         "| (in the heads) | " + " | ".join(f"{100 * share:.0f} %" for share in shares) + " |",
         *(f"| {row} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |" for row, ratios in rows.items()),
     ]
+    many, transfers = of_transfers()
+    lines += [
+        "",
+        "| operations / equal, half-shared | " + " | ".join(f"T = {tasks}" for tasks in TASKS) + " |",
+        "|---|" + "---:|" * len(TASKS),
+        "| (in the heads) | " + " | ".join(f"{100 * share:.0f} %" for share in many) + " |",
+        *(f"| {row} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |" for row, ratios in transfers.items()),
+    ]
     head = f"torch {torch.__version__.split('+')[0]}"
     text = "\n".join(["### Operations", "", *lines, "", head, ""])
     print(text)
     if options.write:
-        stem = Path(__file__).parent / "results" / "operations"
+        stem = RESULTS / "operations"
         stem.parent.mkdir(exist_ok=True)
         stem.with_suffix(".md").write_text(text)
         stem.with_suffix(".json").write_text(
-            json.dumps({"where": head, "shares": shares, "rows": rows}, indent=1) + "\n"
+            json.dumps(
+                {"where": head, "shares": shares, "rows": rows, "tasks": TASKS, "transfers": transfers}, indent=1
+            )
+            + "\n"
         )
+        draw(transfers, RESULTS / "transfers.svg")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --device cuda --write
+    python benchmarks/step_cost.py --setting half_shared --tasks 9 --rounds 3 --write
 
-Two settings: three dense tasks (segmentation, depth, normals) on a ResNet-18 with DeepLabV3 heads of 144 channels,
-which do 38 % of the work, and twenty classification tasks with small heads on the same trunk. One round times one step
-of every method, in an order drawn anew; a ratio is taken within its round, and the table gives its median and quartiles
-over the rounds. Memory is the most that two steps in a row hold at a time on top of parameters, momentum and batches:
-gradients, copies of the network, and whatever is kept from one step to the next. `plain` is the sum of losses and one
-``backward()``, without this project.
+Three settings: three dense tasks (segmentation, depth, normals) on a ResNet-18 with DeepLabV3 heads of 144 channels,
+which do 38 % of the work; twenty classification tasks with small heads on the same trunk; and the dense tasks on the
+half-shared network, each with layer3 and layer4 of its own, for the methods that add transfers. One round times one
+step of every method, in an order drawn anew; a ratio is taken within its round, and the table gives its median and
+quartiles over the rounds. Memory is the most that two steps in a row hold at a time on top of parameters, momentum and
+batches: gradients, copies of the network, and whatever is kept from one step to the next. `plain` is the sum of losses
+and one ``backward()``, without this project.
 
 Methods that look ahead get a validation batch as large as the training batch, and SGD with momentum and weight decay to
 follow. In their rows all tasks are primary, unless it says "one primary". Of a method that learns in every fifth step,
@@ -51,22 +53,29 @@ Key = tuple[str, str]  # a row, and the library whose step it is: none for ours
 
 @dataclass(frozen=True)
 class Goal:
-    """How many times what equal weighting takes a step may take: time at T = 3 dense and T = 20, and memory."""
+    """How many times what equal weighting takes a step may take: time by setting, and memory."""
 
-    times: tuple[float, float]
+    dense: float = math.inf
+    classification: float = math.inf
+    half_shared: float = math.inf
     memory: float = math.inf
 
 
 # What a method reads decides what it may cost.
 GOALS = {
-    "losses": Goal((1.06, 1.06)),
-    "features": Goal((1.06, 1.06), 1.4),
-    "ial": Goal((1.06, 1.15), 1.4),
-    "pcgrad over parameters": Goal((1.8, 11.0)),
-    "before": Goal((3.0, 3.6), 2.2),
-    "after": Goal((2.4, math.inf), 2.2),
-    "online": Goal((1.8, math.inf), 2.2),
-    "every fifth": Goal((1.3, math.inf), 2.2),
+    "losses": Goal(1.06, 1.06),
+    "features": Goal(1.06, 1.06, memory=1.4),
+    "ial": Goal(1.06, 1.15, memory=1.4),
+    "pcgrad over parameters": Goal(1.8, 11.0),
+    "before": Goal(3.0, 3.6, memory=2.2),
+    "after": Goal(2.4, memory=2.2),
+    "online": Goal(1.8, memory=2.2),
+    "every fifth": Goal(1.3, memory=2.2),
+    "transfers": Goal(half_shared=1.45),
+    "transfers before": Goal(half_shared=4.0),
+    "transfers after": Goal(half_shared=3.1),
+    "transfers online": Goal(half_shared=2.4),
+    "half after": Goal(half_shared=2.8),
 }
 PATIENCE = 300  # seconds for two steps of a peer
 METHODS: dict[str, tuple[Any, str | None]] = {
@@ -107,6 +116,19 @@ METHODS: dict[str, tuple[Any, str | None]] = {
     "autolambda before, every fifth": ({"name": "autolambda", "every": 5}, "every fifth"),
     "autolambda before, one primary": ({"name": "autolambda"}, "before"),
 }
+# "half" stands for half of all transfers, as many to every target.
+TRANSFERS: dict[str, tuple[Any, str | None]] = {
+    "equal": ("equal", None),
+    "saal-e, all": ({"name": "saal-e", "transfers": "all"}, "transfers"),
+    **{
+        f"saal-w {when}": ({"name": "saal-w", "when": when}, f"transfers {when}")
+        for when in ("before", "after", "online")
+    },
+    "saal-ew after, half": ({"name": "saal-ew", "transfers": "half", "when": "after"}, "half after"),
+}
+
+
+ROWS = {"dense": METHODS, "classification": METHODS, "half_shared": TRANSFERS}
 
 
 @dataclass
@@ -160,6 +182,29 @@ def classification(device: str, images: int | None = None) -> Setting:
     return prepared("T = 20, classification", tasks, model, batch, device)
 
 
+def half_shared(device: str, images: int | None = None, tasks: int = 3) -> Setting:
+    """The dense tasks, or several of each, all primary, on a ResNet-18 of which stem, layer1 and layer2 are shared."""
+    from sidetask_datasets import tasks as kinds
+
+    size, usual = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
+    images = images or usual
+    makers = [lambda name: kinds.segmentation(name, 13), kinds.depth, kinds.normals]
+    outputs = [13, 1, 3]
+    wanted = [makers[i % 3](f"task{i}") for i in range(tasks)]
+    heads = {t.name: AtrousHead(512, outputs[i % 3], size, width=144) for i, t in enumerate(wanted)}
+
+    def batch() -> Batch:
+        labels = [
+            torch.randint(0, 13, (images, *size)),
+            torch.rand(images, 1, *size) + 0.5,
+            nn.functional.normalize(torch.randn(images, 3, *size), dim=1),
+        ]
+        return Batch(torch.rand(images, 3, *size), {t.name: labels[i % 3] for i, t in enumerate(wanted)})
+
+    model = SplitModel.from_stages(resnet_stages(18), 3, heads)
+    return prepared(f"T = {tasks}, dense, half-shared", wanted, model, batch, device)
+
+
 def prepared(name: str, tasks: Sequence[Task], model: SplitModel, batch: Callable[[], Batch], device: str) -> Setting:
     """A setting whose optimizer has momentum already."""
     model = model.to(device)
@@ -186,6 +231,11 @@ def ours(setting: Setting, row: str, spec: Any) -> Run:
     tasks = setting.tasks
     if row.startswith("autolambda") and "one primary" not in row:
         tasks = [replace(task, primary=True) for task in tasks]
+    if isinstance(spec, dict) and spec.get("transfers") == "half":
+        # The same number for every target.
+        names, each = [task.name for task in tasks], (len(tasks) - 1) // 2
+        pairs = [(names[(t + i + 1) % len(names)], target) for t, target in enumerate(names) for i in range(each)]
+        spec = {**spec, "transfers": [f"{source}->{target}" for source, target in pairs]}
     step = Step(setting.model, tasks, plugins.make_method(spec, tasks)).to(setting.batch.inputs.device)
 
     def run() -> None:
@@ -253,11 +303,11 @@ def limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def methods(wanted: Sequence[str]) -> dict[str, Any]:
+def methods(wanted: Sequence[str], rows: dict[str, tuple[Any, str | None]]) -> dict[str, Any]:
     """The methods to measure: installed, and with one of the `wanted` texts in their name; always `equal`."""
     names = plugins.installed("methods")
     found = {}
-    for row, (spec, _) in METHODS.items():
+    for row, (spec, _) in rows.items():
         name = spec if isinstance(spec, str) else spec["name"]
         if row != "equal" and wanted and not any(text in row for text in wanted):
             continue
@@ -269,18 +319,20 @@ def methods(wanted: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def builders(setting: Setting, wanted: Sequence[str], beside_peers: bool) -> dict[Key, Callable[[], Run]]:
+def builders(
+    setting: Setting, rows: dict[str, tuple[Any, str | None]], wanted: Sequence[str], beside_peers: bool
+) -> dict[Key, Callable[[], Run]]:
     """What builds a step of every method and peer."""
-    found = {(row, ""): functools.partial(ours, setting, row, spec) for row, spec in methods(wanted).items()}
+    found = {(row, ""): functools.partial(ours, setting, row, spec) for row, spec in methods(wanted, rows).items()}
     found["plain", ""] = functools.partial(plain, setting)
-    if beside_peers:
+    if beside_peers and rows is METHODS:
         found |= {key: build for key, build in peers(setting).items() if (key[0], "") in found}
     return found
 
 
-def measure(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+def measure(setting: Setting, rows: dict[str, tuple[Any, str | None]], options: argparse.Namespace) -> dict[str, Any]:
     """Time and memory of every method and peer in one setting."""
-    builds = builders(setting, options.methods, options.peers)
+    builds = builders(setting, rows, options.methods, options.peers)
     steps: dict[Key, Run] = {}
     failed: dict[Key, str] = {}
     memory: dict[Key, int] = {}
@@ -313,8 +365,8 @@ def measure(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
             "megabytes": round(memory[key] / 1e6, 1),
         }
 
-    order = sorted(steps, key=lambda key: [*["plain"], *METHODS].index(key[0]))
-    rows = [
+    order = sorted(steps, key=lambda key: ["plain", *rows].index(key[0]))
+    found = [
         {"setting": setting.name, "method": row} | against((row, ""), ("equal", ""))
         for row, library in order
         if not library
@@ -326,11 +378,11 @@ def measure(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
             compared = {"setting": setting.name, "method": row, "library": library} | against((row, ""), (row, library))
             beside.append(compared | {"theirs": {key: theirs[key] for key in ("milliseconds", "megabytes")}})
     left_out = [{"method": row, "library": library, "why": why} for (row, library), why in failed.items()]
-    return {"rows": rows, "peers": beside, "left out": left_out}
+    return {"rows": found, "peers": beside, "left out": left_out}
 
 
-def table(measured: dict[str, Any], column: int) -> str:
-    """The figures of one setting as Markdown."""
+def table(measured: dict[str, Any], kind: str) -> str:
+    """The figures of one setting of a kind as Markdown."""
     rows = measured["rows"]
     lines = [
         f"### {rows[0]['setting']}",
@@ -339,9 +391,10 @@ def table(measured: dict[str, Any], column: int) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        reads = METHODS.get(row["method"], (None, None))[1]
-        goal = GOALS[reads] if reads else Goal((math.inf, math.inf))
-        slow = " !" if row["ratio"] > goal.times[column] else ""
+        reads = ROWS[kind].get(row["method"], (None, None))[1]
+        goal = GOALS[reads] if reads else Goal()
+        # The goals are for three tasks.
+        slow = " !" if row["ratio"] > getattr(goal, kind) and not row["setting"].startswith("T = 9") else ""
         big = " !" if row["memory"] > goal.memory else ""
         low, high = row["quartiles"]
         lines.append(
@@ -373,7 +426,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--setting", choices=["dense", "classification"], help="only one of the two")
+    parser.add_argument("--setting", choices=list(ROWS), help="only one of them")
+    parser.add_argument("--tasks", type=int, default=3, help="how many tasks half_shared has")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -392,16 +446,22 @@ def main() -> None:
     if options.peers and versions():
         software += f"; {versions()}"
     head = f"{name}; {software}; {options.rounds} rounds"
-    for column, build in enumerate((dense, classification)):
-        if options.setting not in (None, build.__name__):
+    for kind, rows in ROWS.items():
+        if options.setting not in (None, kind):
             continue
-        measured = measure(build(options.device), options)
-        text = f"{table(measured, column)}\n\n{head}\n"
+        setting = {
+            "dense": dense,
+            "classification": classification,
+            "half_shared": functools.partial(half_shared, tasks=options.tasks),
+        }[kind](options.device)
+        measured = measure(setting, rows, options)
+        text = f"{table(measured, kind)}\n\n{head}\n"
         print(text, flush=True)
         if options.write:
             device = "cpu" if on_cpu else name.lower().replace(" ", "-")
             some = "".join(f"-{text.replace(' ', '-')}" for text in options.methods)
-            stem = Path(__file__).parent / "results" / f"step_cost-{device}-{build.__name__}{some}"
+            many = f"-{options.tasks}" if kind == "half_shared" and options.tasks != 3 else ""
+            stem = Path(__file__).parent / "results" / f"step_cost-{device}-{kind}{many}{some}"
             stem.parent.mkdir(exist_ok=True)
             stem.with_suffix(".md").write_text(text)
             stem.with_suffix(".json").write_text(json.dumps({"where": head} | measured, indent=1) + "\n")

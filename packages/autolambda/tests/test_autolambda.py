@@ -332,7 +332,7 @@ def test_every_task_is_drawn_as_often_as_any():
             self.tasks, self.losses = tasks, torch.zeros(len(tasks), dtype=torch.float64)
             self.iteration, self.drawn = 0, []
 
-        def lookahead(self, weights, *, mode, among):
+        def lookahead(self, weights, *, mode, among, taken):
             self.drawn.append(tuple(among))
             return torch.zeros_like(weights)
 

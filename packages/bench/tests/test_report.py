@@ -318,6 +318,62 @@ def test_decoder_weights_and_norms_are_drawn_where_they_say_something(tmp_path):
             assert image.size == pytest.approx((plots.PANEL[0] * plots.DPI, (plots.PANEL[1] + 0.6) * plots.DPI), abs=2)
 
 
+def test_coefficients_of_transfers_are_a_matrix_over_training(tmp_path):
+    data = make(tmp_path, rows=("equal", "saal-w"), seeds=(0, 1), steps=20)
+    curves = {"depth": -0.2, "depth→normals": 0.4, "normals→depth": 0.1}
+    for run in data["rows"][1]["runs"]:
+        path = tmp_path / run["folder"] / "weights.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        weights = [{name: w * step / 19 for name, w in curves.items()} for step in range(20)]
+        path.write_text("\n".join(json.dumps(x | {"encoder": w}) for x, w in zip(lines, weights, strict=True)))
+    comparison = records.load(tmp_path)
+    (panel,) = plots.transfer_panels(comparison, records.steps(comparison))
+    assert panel.title == "saal-w"
+    assert panel.words == "coefficients at the end: depth -0.2; depth to normals 0.4; normals to depth 0.1"
+    ax = Figure().subplots()
+    panel.draw(ax)
+    assert [label.get_text() for label in ax.get_xticklabels()] == list(TASKS)
+    # Tasks are segmentation, depth, normals: a curve from the left to the right of its cell, sources from the top down.
+    drawn = {text.get_text(): text.get_position() for text in ax.texts}
+    assert set(drawn) == {"−0.20", "0.40", "0.10"}
+    assert [tuple(map(round, drawn[text])) for text in ("−0.20", "0.40", "0.10")] == [(1, 1), (2, 1), (1, 2)]
+    rise = next(line for line in ax.lines if len(line.get_xdata()) == 20 and np.ptp(line.get_ydata()) > 0.5)
+    assert rise.get_xdata()[-1] == pytest.approx(2.42)
+    # From zero, a third of the way up from the least to the largest, to the top of the cell.
+    assert rise.get_ydata()[[0, -1]] == pytest.approx([1.42 - 0.84 / 3, 0.58], abs=1e-6)
+    text = report.write(tmp_path, pictures()).read_text(encoding="utf-8")
+    assert "<h2>Transfers over training</h2>" in text
+    assert (tmp_path / "pictures/transfers.png").exists()
+
+
+def test_the_sharing_sweep_has_a_line_for_each_method(tmp_path):
+    rows = ("cut0", "cut1", "cut3", "one", "two", "elsewhere")
+    data = make(tmp_path, rows=rows, seeds=(0, 1), steps=3)
+    method = {"name": "saal-e", "transfers": "all"}
+    cuts = [("equal", 3), ("equal", 0), ("equal", 1), (method, 1), (method, 0), ("equal", None)]
+    for row, (how, cut) in zip(data["rows"], cuts, strict=True):
+        row |= {"method": how, "network": {"name": "small", **({} if cut is None else {"cut": cut})}}
+    (tmp_path / "comparison.json").write_text(json.dumps(data))
+    panels = plots.sharing_panels(records.load(tmp_path), lambda task: task.name)
+    assert [panel.title for panel in panels] == list(TASKS)
+    ax = Figure().subplots()
+    panels[1].draw(ax)
+    equal, saal = (line for line in ax.lines if len(line.get_xdata()) > 1)
+    means = [row["mean"]["depth"]["absolute"] for row in data["rows"]]
+    assert [*equal.get_xdata()] == [0, 1, 3]
+    assert [*equal.get_ydata()] == [means[1], means[2], means[0]]
+    assert [*saal.get_xdata()] == [0, 1]
+    assert [*saal.get_ydata()] == [means[4], means[3]]
+    assert "<h2>How much to share</h2>" in report.write(tmp_path, pictures()).read_text(encoding="utf-8")
+
+
+def test_without_transfers_or_several_cuts_neither_is_drawn(tmp_path):
+    make(tmp_path, steps=3)
+    text = report.write(tmp_path, pictures()).read_text(encoding="utf-8")
+    assert "Transfers over training" not in text
+    assert "How much to share" not in text
+
+
 def test_decoder_weights_that_are_the_encoders_are_not_drawn_twice(tmp_path):
     data = make(tmp_path, rows=("equal", "uncertainty"), seeds=(0,), steps=5, impartial=("uncertainty",))
     for run in data["rows"][1]["runs"]:

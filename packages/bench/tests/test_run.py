@@ -2,6 +2,7 @@ import io
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,28 @@ def test_settings_are_undone() -> None:
         assert torch.get_num_threads() == 2
         assert torch.are_deterministic_algorithms_enabled()
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+def test_what_a_method_adds_for_training_is_not_kept(load, tmp_path):
+    """The chosen network, its test and its number of parameters are those of the network alone."""
+    names = ("top_left", "bottom_right")
+    run = replace(load("network.cut=1").run(None, 0), method={"name": "saal-e", "transfers": "all"})
+    with_copies = train(run, tmp_path / "with")
+    without = train(replace(run, method="equal"), tmp_path / "without")
+    assert with_copies["parameters"] == without["parameters"]
+    config, _, model = load_run(tmp_path / "with")
+    assert config.method["name"] == "saal-e"
+    assert tuple(model.heads) == names
+    best = torch.load(tmp_path / "with/best.pt", weights_only=True)["model"]
+    assert list(best) == list(torch.load(tmp_path / "without/best.pt", weights_only=True)["model"])
+    trained = torch.load(tmp_path / "with/checkpoint.pt", weights_only=True)["trainer"]["step"]
+    assert any("bottom_right→top_left" in key for key in trained)
+
+
+def test_an_auxiliary_task_of_the_data_is_judged_but_not_counted(load, tmp_path):
+    result = train(load("dataset.primary=[top_left]").run(None, 0), tmp_path / "one")
+    both = train(load().run(None, 0), tmp_path / "both")
+    assert set(result["test"]) == {"top_left", "bottom_right"}
+    _, _, model = load_run(tmp_path / "one")
+    head = sum(p.numel() for p in model.heads["bottom_right"].parameters())
+    assert result["parameters"] == both["parameters"] - head

@@ -32,6 +32,20 @@ def make_dataset(plugin: Plugin) -> Dataset:
         return factory(**plugin.options)
 
 
+def make_model(config: RunConfig, dataset: Dataset) -> SplitModel:
+    """Build the run's network, initialised from its seed, without what its method adds for training.
+
+    Raises:
+        ExperimentError: for an unknown name or option, or what the factory objects to.
+    """
+    torch.manual_seed(config.seed)
+    with blaming("network", config.network.name):
+        factory = plugins.find("networks", config.network.name)
+        _check_options(factory, config.network, "network", given=1)
+        model: SplitModel = factory(dataset, **config.network.options)
+    return model
+
+
 def make_step(config: RunConfig, dataset: Dataset) -> Step:
     """Build the run's network and method, initialised from its seed.
 
@@ -41,11 +55,7 @@ def make_step(config: RunConfig, dataset: Dataset) -> Step:
     Raises:
         ExperimentError: for an unknown name or option, or what a factory objects to.
     """
-    torch.manual_seed(config.seed)
-    with blaming("network", config.network.name):
-        factory = plugins.find("networks", config.network.name)
-        _check_options(factory, config.network, "network", given=1)
-        model: SplitModel = factory(dataset, **config.network.options)
+    model = make_model(config, dataset)
     with blaming("method", config.method):
         method = plugins.make_method(config.method, dataset.tasks)
         step = Step(model, dataset.tasks, method)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -187,23 +188,59 @@ def relations(
     runs: Runs = Path("runs"),
     jobs: Jobs = 1,
     overwrite: Overwrite = False,
+    estimates: Annotated[bool, typer.Option("--estimates", help="Set cheaper estimates beside it.")] = False,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Switch each connection of a row off instead.")] = False,
+    row: Annotated[str | None, typer.Option(help="With --ablate: which row; the base if not given.")] = None,
 ) -> None:
-    """Train every task alone and every pair, and say which task helps which, for SAAL; finished runs are kept."""
-    from sidetask_bench.relations import enumerate_relations  # here, because matplotlib is slow to import
+    """Train every task alone and every pair, and say which task helps which, for SAAL; finished runs are kept.
 
+    With --ablate, train a row of a method with transfers, once for each of them without it.
+    """
+    # Here, because matplotlib is slow to import.
+    from sidetask_bench.ablation import ablate_transfers
+    from sidetask_bench.estimates import estimate_relations
+    from sidetask_bench.relations import enumerate_relations
+
+    if ablate and estimates:
+        raise ExperimentError("--ablate and --estimates are two commands; give one of them")
+    if row is not None and not ablate:
+        raise ExperimentError("--row goes with --ablate")
     loaded = load_experiment(experiment, assignments or ())
-    folder = folder or runs / loaded.name / "relations"
     console = _console()
-    found = enumerate_relations(loaded, folder, seed=seed, jobs=jobs, overwrite=overwrite, display=_display(console))
-    table = Table("source, improves by %", *found.tasks)
-    for source, row in zip(found.tasks, found.improvement.tolist(), strict=True):
-        table.add_row(source, *["" if value != value else f"{value:+.2f}" for value in row])
-    console.print(table)
-    for names, error in found.failed.items():
-        typer.echo(f"left out: {names}: {error}", err=True)
+    options: dict[str, Any] = {"seed": seed, "jobs": jobs, "overwrite": overwrite, "display": _display(console)}
+    if ablate:
+        folder = folder or runs / loaded.name / f"ablation-{row or 'base'}"
+        effects = ablate_transfers(loaded, folder, row=row, **options)
+        console.print(_matrix("source, its connection gives %", effects.tasks, effects.effect))
+        _leave_out(effects.failed)
+        return
+    folder = folder or runs / loaded.name / "relations"
+    estimated = estimate_relations(loaded, folder, **options) if estimates else None
+    found = enumerate_relations(loaded, folder, **options) if estimated is None else estimated.truth
+    console.print(_matrix("source, improves by %", found.tasks, found.improvement))
+    if estimated is not None:
+        table = Table("Spearman's rank correlation with it", *found.tasks, "mean")
+        for name, ranks in estimated.correlations.items():
+            known = ranks[np.isfinite(ranks)]
+            shown = [*ranks.tolist(), float(known.mean()) if len(known) else float("nan")]
+            table.add_row(name, *["–" if value != value else f"{value:+.2f}" for value in shown])
+        console.print(table)
     path = folder / "relations.json"
     console.print(f"method: {{name: saal-e, relations: {path}}}", soft_wrap=True, markup=False, highlight=False)
-    if found.failed:
+    _leave_out(found.failed if estimated is None else estimated.failed)
+
+
+def _matrix(title: str, tasks: Sequence[str], values: Any) -> Table:
+    table = Table(title, *tasks)
+    for source, row in zip(tasks, values.tolist(), strict=True):
+        table.add_row(source, *["" if value != value else f"{value:+.2f}" for value in row])
+    return table
+
+
+def _leave_out(failed: Mapping[str, str]) -> None:
+    for names, error in failed.items():
+        typer.echo(f"left out: {names}: {error}", err=True)
+    if failed:
         raise typer.Exit(1)
 
 

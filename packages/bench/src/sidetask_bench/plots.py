@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sidetask_bench.records import ByClass, Comparison, Curve, TaskRecord
+from sidetask_bench.records import ByClass, Comparison, Curve, RowRecord, TaskRecord
 
 Matrix = npt.NDArray[np.float64]
 
@@ -176,30 +176,121 @@ def curve_panels(
 
 def relations_panel(tasks: Sequence[str], improvement: Matrix) -> Panel:
     """Who gains by whom: the improvement of each target (column) by each source (row) in percent, as a heat map."""
+    return matrix_panel("Gain beside another task (%)", tasks, improvement)
+
+
+def matrix_panel(title: str, tasks: Sequence[str], values: Matrix) -> Panel:
+    """Values ``[T, T]``, source by target, as a heat map; what is NaN stays white."""
     left = 0.2 + 0.085 * max(len(_short(name)) for name in tasks)
+    most = float(np.nanmax(np.abs(values), initial=0.0))
+    # A decimal if the largest has two digits before it, and so on.
+    places = 1 if most >= 1 or most == 0 else min(6, 2 - math.floor(math.log10(most)))
     pairs = [
-        f"{source} to {target} {_signed(improvement[s, t])} %"
+        f"{source} to {target} {_signed(values[s, t], places)}"
         for (s, source), (t, target) in itertools.permutations(enumerate(tasks), 2)
-        if math.isfinite(improvement[s, t])
+        if math.isfinite(values[s, t])
     ]
-    draw = partial(_heat_map, names=[_short(name) for name in tasks], values=improvement)
-    return Panel("Improvement by training beside another (%)", draw, "; ".join(pairs), left, 0.15)
+    draw = partial(_heat_map, names=[_short(name) for name in tasks], values=values, places=places)
+    return Panel(title, draw, "; ".join(pairs), left, 0.15)
 
 
-def _heat_map(ax: Axes, names: Sequence[str], values: Matrix) -> None:
+def _heat_map(ax: Axes, names: Sequence[str], values: Matrix, places: int) -> None:
     most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     ax.imshow(np.ma.masked_invalid(values), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+    _name_matrix(ax, names)
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            # Ink where the map is pale, white where it is deep.
+            colour = "white" if abs(value) > 0.6 * most else LIGHT.ink
+            ax.text(column, row, _signed(value, places), ha="center", va="center", color=colour, fontsize=9)
+
+
+def _name_matrix(ax: Axes, names: Sequence[str]) -> None:
+    """Sources from the top down and targets from the left, in cells of one unit around 0, 1, ..."""
     ax.grid(False)
+    ax.set_xlim(-0.5, len(names) - 0.5)
+    ax.set_ylim(len(names) - 0.5, -0.5)
     places = range(len(names))
     ax.set_xticks(places, names)
     ax.set_yticks(places, names)
     ax.set_xlabel("target", color=LIGHT.muted, fontsize=9)
     ax.set_ylabel("source", color=LIGHT.muted, fontsize=9)
-    for (row, column), value in np.ndenumerate(values):
-        if math.isfinite(value):
-            # Ink where the map is pale, white where it is deep.
-            colour = "white" if abs(value) > 0.6 * most else LIGHT.ink
-            ax.text(column, row, _signed(value), ha="center", va="center", color=colour, fontsize=9)
+
+
+def transfer_panels(comparison: Comparison, weights: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
+    """The coefficients of tasks and transfers over training as a matrix of small curves, a panel for each row.
+
+    In the cell of source and target is the weight that the source's loss has on the target's branch, in that of a task
+    with itself the weight of its own; all cells have one scale, from zero or the least to the largest.
+    """
+    tasks = [task.name for task in comparison.tasks]
+    panels = []
+    for row in comparison.rows:
+        curves = weights.get(row.name, {})
+        cells = {
+            (s, t): curves[name]
+            for s, source in enumerate(tasks)
+            for t, target in enumerate(tasks)
+            if (name := source if s == t else f"{source}→{target}") in curves
+        }
+        if any(s != t for s, t in cells):
+            names = {f"{tasks[s]} to {tasks[t]}" if s != t else tasks[s]: curve for (s, t), curve in cells.items()}
+            left = 0.2 + 0.085 * max(len(_short(name)) for name in tasks)
+            draw = partial(_matrix_of_curves, names=[_short(name) for name in tasks], cells=cells)
+            panels.append(Panel(row.name, draw, _ends_in_words("coefficients at the end", names), left, 0.15))
+    return panels
+
+
+def _matrix_of_curves(ax: Axes, names: Sequence[str], cells: Mapping[tuple[int, int], Curve]) -> None:
+    _name_matrix(ax, names)
+    low = min(0.0, *(float(np.nanmin(curve.low)) for curve in cells.values()))
+    high = max(float(np.nanmax(curve.high)) for curve in cells.values())
+    last = max(float(curve.x[-1]) for curve in cells.values())
+    reach = (high - low) or 1.0
+    for edge in np.arange(-0.5, len(names)):
+        ax.axhline(edge, color=LIGHT.grid, linewidth=0.7)
+        ax.axvline(edge, color=LIGHT.grid, linewidth=0.7)
+    for (s, t), curve in cells.items():
+        look = LIGHT.line(s)
+        x = t - 0.42 + 0.84 * curve.x / last
+        heights = [s + 0.42 - 0.84 * (y - low) / reach for y in (curve.low, curve.high, curve.mean)]
+        ax.plot([t - 0.42, t + 0.42], [s + 0.42 + 0.84 * low / reach] * 2, color=LIGHT.grid, linewidth=0.7)
+        ax.fill_between(x, heights[0], heights[1], color=look["color"], alpha=0.16, linewidth=0)
+        ax.plot(x, heights[2], linewidth=1.4, **look)
+        end = curve.mean[np.isfinite(curve.mean)][-1]
+        ax.text(t + 0.42, s - 0.3, f"{end:.2f}".replace("-", "−"), ha="right", color=LIGHT.ink, fontsize=8)
+
+
+def sharing_panels(comparison: Comparison, label: Callable[[TaskRecord], str]) -> list[Panel]:
+    """A task's headline metric over the number of stages that are shared, a line for each method; a panel per task.
+
+    None unless some method was run with several cuts.
+    """
+    by_method: dict[str, dict[int, RowRecord]] = {}
+    for row in comparison.rows:
+        cut = row.network.get("cut")
+        if isinstance(cut, int):
+            by_method.setdefault(row.method_name, {}).setdefault(cut, row)
+    if max(map(len, by_method.values()), default=0) < 2:
+        return []
+    places = {name: index for index, name in enumerate(by_method)}
+    panels = []
+    for task in comparison.tasks:
+        curves: dict[str, Curve] = {}
+        for name, rows in by_method.items():
+            found = [(cut, rows[cut].mean[task.name], rows[cut].std[task.name]) for cut in sorted(rows)]
+            mean = np.array([_or_nan(means[task.headline]) for _, means, _ in found]) if task.headline else np.array([])
+            if np.isfinite(mean).any():
+                spread = np.array([stds.get(task.headline or "") or 0.0 for _, _, stds in found])
+                curves[name] = Curve(np.array([float(cut) for cut, _, _ in found]), mean, mean - spread, mean + spread)
+        if curves:
+            draw = partial(_lines, curves=curves, places=places, x="stages that are shared", y=label(task))
+            panels.append(Panel(task.name, draw, _ends_in_words("with the most stages shared", curves)))
+    return panels
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def svg(panel: Panel, name: str) -> str:
@@ -384,8 +475,9 @@ def _bars(ax: Axes, names: Sequence[str], bars: Sequence[Bar | None], label: str
     ax.margins(x=max(0.18, 0.06 * widest))
 
 
-def _signed(value: float) -> str:
-    return "0.0" if abs(value) < 0.05 else f"{value:+.{0 if abs(value) >= 1000 else 1}f}".replace("-", "−")
+def _signed(value: float, places: int = 1) -> str:
+    shown = f"{value:+.{0 if abs(value) >= 1000 else places}f}"
+    return f"{0:.{places}f}" if float(shown) == 0 else shown.replace("-", "−")
 
 
 def _in_words(names: Sequence[str], bars: Sequence[Bar | None]) -> str:

@@ -49,6 +49,8 @@ class RowRecord:
 
     name: str
     method: str
+    method_name: str
+    network: dict[str, Any]
     runs: list[dict[str, Any]]
     mean: dict[str, dict[str, float]]
     std: dict[str, dict[str, float | None]]
@@ -118,6 +120,8 @@ def load(folder: Path | str) -> Comparison:
             RowRecord(
                 row["name"],
                 _described(row.get("method", row["name"])),
+                _named(row.get("method", row["name"])),
+                row.get("network", {}),
                 row["runs"],
                 row["mean"],
                 row["std"],
@@ -294,6 +298,11 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
+
+
+def _named(method: Any) -> str:
+    """What a method is called, whatever its options; one that is given slot by slot by all of them."""
+    return method["name"] if isinstance(method, dict) and "name" in method else _described(method)
 
 
 def _described(method: Any) -> str:

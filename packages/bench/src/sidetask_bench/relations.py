@@ -6,10 +6,10 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sidetask_core import StepFailure
 
@@ -21,6 +21,7 @@ from sidetask_bench.schema import ExperimentError
 from sidetask_bench.workers import train_all
 
 if TYPE_CHECKING:
+    from sidetask_datasets import Dataset
     from sidetask_saal import Relations
 
 
@@ -63,53 +64,70 @@ def enumerate_relations(
         )
     base = experiment.run(None, experiment.seeds[0] if seed is None else seed)
     groups = [*((name,) for name in names), *itertools.combinations(names, 2)]
-    runs = {group: _run_of(base, group) for group in groups}
+    runs = {group: run_of(base, group) for group in groups}
     for config in runs.values():
         make_step(config, make_dataset(config.dataset))
-    places = {config.row: folder / config.label for config in runs.values()}
-    outcomes = train_all(
-        [(config, places[config.row]) for config in runs.values()],
-        dataset,
-        experiment.dataset,
-        at_once=jobs,
-        overwrite=overwrite,
-        display=display or Display(),
-    )
-    done = {config.row: outcome for config, outcome in outcomes}
-    relations = enumerate_transfers(
-        _Finished({group: (places[c.row], done[c.row]) for group, c in runs.items()}),
-        dataset.tasks,
-        definition="mean-of-tasks" if experiment.improvement == "flat" else experiment.improvement,
-        progress=lambda *_: None,
-    )
+    done = Finished.train(runs, folder, dataset, experiment.dataset, jobs, overwrite, display or Display())
+    relations = enumerate_transfers(done, dataset.tasks, definition=definition_of(experiment), progress=lambda *_: None)
     relations.save(folder / "relations.json")
-    storage.write_text(folder / "relations.csv", _csv(relations.rows))
+    storage.write_text(folder / "relations.csv", csv_text(relations.rows))
     plots.png([plots.relations_panel(relations.tasks, relations.improvement)], folder / "relations.png", columns=1)
     return relations
 
 
+Group = tuple[str, ...]
+
+
 @dataclass(frozen=True)
-class _Finished:
-    """The validation metrics of runs that have ended, as if they were trained now."""
+class Finished:
+    """Runs that have ended: their folders and outcomes. Called, it gives validation metrics as if it trained now."""
 
-    runs: dict[tuple[str, ...], tuple[Path, dict[str, Any]]]
+    runs: dict[Group, tuple[Path, dict[str, Any]]]
 
-    def __call__(self, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
-        folder, outcome = self.runs[names]
+    @classmethod
+    def train(
+        cls,
+        runs: Mapping[Group, RunConfig],
+        folder: Path,
+        dataset: Dataset,
+        plugin: Plugin,
+        jobs: int,
+        overwrite: bool,
+        display: Display,
+    ) -> Finished:
+        """Train what is missing, each run in ``folder/<row>/seed<k>``."""
+        places = {config.row: folder / config.label for config in runs.values()}
+        outcomes = train_all(
+            [(config, places[config.row]) for config in runs.values()],
+            dataset,
+            plugin,
+            at_once=jobs,
+            overwrite=overwrite,
+            display=display,
+        )
+        done = {config.row: outcome for config, outcome in outcomes}
+        return cls({group: (places[config.row], done[config.row]) for group, config in runs.items()})
+
+    def __call__(self, group: Group) -> dict[str, dict[str, float]]:
+        """The metrics of every task of the run, at its chosen epoch.
+
+        Raises:
+            StepFailure: if the run failed.
+        """
+        folder, outcome = self.runs[group]
         if "error" in outcome:
             raise StepFailure(outcome["error"])
         chosen = outcome["epoch"]
         found: dict[str, dict[str, float]] = {}
         for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
             record = json.loads(line)
-            for name in names:
+            for name, metrics in record["validation"].items():
                 if record["epoch"] == (chosen[name] if isinstance(chosen, dict) else chosen):
-                    metrics = record["validation"][name]
                     found[name] = {key: float("nan") if value is None else value for key, value in metrics.items()}
         return found
 
 
-def _run_of(base: RunConfig, tasks: Sequence[str]) -> RunConfig:
+def run_of(base: RunConfig, tasks: Sequence[str]) -> RunConfig:
     """The run that trains these tasks, all of them primary, on a shared bottom."""
     options = {key: value for key, value in base.dataset.options.items() if key != "primary"}
     network = {key: value for key, value in base.network.options.items() if key != "cut"}
@@ -119,10 +137,18 @@ def _run_of(base: RunConfig, tasks: Sequence[str]) -> RunConfig:
         dataset=Plugin(base.dataset.name, {**options, "tasks": list(tasks)}),
         network=Plugin(base.network.name, network),
         method="equal",
+        # It may be by a task that is not there.
+        breakdown={},
     )
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
+def definition_of(experiment: Experiment) -> Literal["mean-of-tasks", "one-metric"]:
+    """By which definition one task improves: the experiment's, if it says so of one task."""
+    return "one-metric" if experiment.improvement == "one-metric" else "mean-of-tasks"
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Mappings with the same keys as CSV."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()

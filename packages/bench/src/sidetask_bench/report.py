@@ -85,7 +85,9 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
     groups = {
         "improvement": plots.improvement_panels(comparison),
         "weights": plots.step_panels(comparison, weights, "weight in the encoder"),
+        "transfers": plots.transfer_panels(comparison, weights),
         "decoders": plots.step_panels(comparison, below, "weight in the decoder"),
+        "sharing": plots.sharing_panels(comparison, _headline_label),
         "norms": plots.step_panels(comparison, norms, "gradient norm", rule=None),
         "losses": plots.curve_panels(comparison, records.losses(comparison), lambda task: "training loss"),
         "validation": plots.curve_panels(comparison, records.validation(comparison), _headline_label),
@@ -141,6 +143,8 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
 _TITLES = {
     "improvement": "relative improvement on the test split (bar: mean, whisker: ± std over seeds)",
     "weights": "weights in the encoder over training",
+    "transfers": "coefficients of tasks (diagonal) and transfers over training, on one scale",
+    "sharing": "the headline metric by how many stages are shared (band: ± std over seeds)",
     "shapers": "weights of elements over training (band: ± std over seeds)",
     "decoders": "weights in the decoders over training, where they are others",
     "norms": "norms of the tasks' gradients at the shared features, where a method reads them",

@@ -7,7 +7,8 @@ A run's folder holds
   weights that shapers name, such as those of classes;
 - ``weights.jsonl``: per step the losses, the weights above (encoder) and below (decoder) the cut, and the norms of the
   gradients at it, if the method reads them;
-- ``checkpoint.pt``: everything the next step depends on; ``best.pt``: the network of the chosen epoch;
+- ``checkpoint.pt``: everything the next step depends on; ``best.pt``: the network of the chosen epoch, without the
+  heads that a method added for training;
 - ``status.json``: where it is, at most half a second ago, for who watches;
 - ``result.json``: the test metrics, written last: a run that has it is finished.
 """
@@ -24,7 +25,7 @@ import torch
 from sidetask_core import SplitModel, parallel
 
 from sidetask_bench import breakdown, runtime, storage
-from sidetask_bench.assemble import make_dataset, make_step
+from sidetask_bench.assemble import make_dataset, make_model
 from sidetask_bench.config import RunConfig, changed_keys, load_run_config
 from sidetask_bench.document import dump
 from sidetask_bench.evaluate import evaluate, score
@@ -107,7 +108,7 @@ def load_run(folder: str | Path, dataset: Dataset | None = None) -> tuple[RunCon
     config = load_run_config(folder / "config.yaml")
     if dataset is None:
         dataset = make_dataset(config.dataset)
-    model = make_step(config, dataset).model
+    model = make_model(config, dataset)
     model.load_state_dict(storage.read_tensors(folder / "best.pt")["model"])
     return config, dataset, model.eval()
 
@@ -140,9 +141,9 @@ class _Run:
         self.weights = storage.Journal(folder / "weights.jsonl")
         self.log = storage.StepLog(self.weights)
         self.trainer = Trainer(config, data, device)
-        self.selection = Selection(
-            folder / "best.pt", self.trainer.step.model, data.tasks, config.training.select == "best"
-        )
+        # Of what is trained, that of which there are labels to judge by.
+        self.judged = self.trainer.step.model.restricted_to([task.name for task in data.tasks])
+        self.selection = Selection(folder / "best.pt", self.judged, data.tasks, config.training.select == "best")
         self.seconds = self.epoch_seconds = 0.0
         self.name = config.label
         self._restore()
@@ -204,8 +205,8 @@ class _Run:
         epoch, rate = trainer.epoch, trainer.optimizer.param_groups[0]["lr"]
         losses = trainer.end_epoch()
         if self.main:
-            model, tasks = trainer.step.model, self.data.tasks
-            validation = evaluate(model, tasks, self.data.validation, self._batch_size())
+            tasks = self.data.tasks
+            validation = evaluate(self.judged, tasks, self.data.validation, self._batch_size())
             value = score(validation, tasks)
             self.selection.offer(epoch, validation, last=epoch + 1 == training.epochs)
             record = {"epoch": epoch, "losses": losses, "validation": validation, "score": value, "lr": rate}
@@ -217,7 +218,7 @@ class _Run:
         runtime.barrier()
 
     def _test(self) -> dict[str, Any]:
-        model = self.trainer.step.model
+        model = self.judged
         best = storage.read_tensors(self.folder / "best.pt")
         model.load_state_dict(best["model"])
         cuda = self.device.type == "cuda"
@@ -229,7 +230,7 @@ class _Run:
             "steps": self.trainer.total,
             "seconds": round(self.seconds, 3),
             "seconds_per_step": self.seconds / max(self.trainer.total, 1),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in self.trainer.step.export().parameters()),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "processes": parallel.world(),

@@ -109,7 +109,7 @@ class BilevelWeighting(Weighting):
         now = self.applied(signals)
         if not learns:
             return now
-        derivative = signals.lookahead(now, mode=self.mode, among=among)
+        derivative = signals.lookahead(now, mode=self.mode, among=among, taken=self.when == "after")
         self.weights = self.moved(derivative.to(self.weights))
         return now if self.when == "after" else self.applied(signals)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sidetask_core import parallel
-from sidetask_core.passes import Ahead, Domain, Gradients, Passes, vector_jacobian
+from sidetask_core.passes import Ahead, Branch, Domain, Gradients, Passes, vector_jacobian
 from sidetask_core.signals import Place
 
 
@@ -42,23 +42,25 @@ class _Sum:
     def add(self, gradients: Gradients, weight: Tensor) -> None:
         for i, gradient in enumerate(gradients):
             if gradient is not None:
-                term = gradient * weight.to(gradient)
-                so_far = self.gradients[i]
-                self.gradients[i] = term if so_far is None else so_far.add_(term)
+                so_far, factor = self.gradients[i], weight.to(gradient)
+                # In one pass over the memory: these may be as large as the network, and many.
+                self.gradients[i] = gradient * factor if so_far is None else so_far.addcmul_(gradient, factor)
 
 
-def combine(passes: Passes, weights: Weights, ahead: bool = False) -> dict[nn.Parameter, Tensor]:
+def combine(
+    passes: Passes, weights: Weights, ahead: bool = False, among: Collection[int] | None = None
+) -> dict[nn.Parameter, Tensor]:
     """The gradient of every parameter that the losses reach, summed over processes.
 
-    Whoever asks `ahead` of the step leaves everything in place for the step, which pays nothing twice: gradients below
-    the cut are kept for each task, and those above are the step's own if it has the same encoder weights.
+    Whoever asks `ahead` of the step leaves everything in place for the step, which pays nothing twice: gradients of
+    heads are kept for each task, and those above are the step's own if it has the same encoder weights. If `among` says
+    which tasks have weights, the others, whose weights are zero, are passed over.
     """
     local: dict[nn.Parameter, Tensor] = {}
     at_features: Gradients = []
+    through: dict[Branch, tuple[Gradients, Gradients]] = {}
     for domain in passes.domains:
-        if ahead:
-            passes.feature_gradients(domain)
-        at_features += _below(passes, domain, weights, local, ahead)
+        at_features += _below(passes, domain, weights, local, through, ahead, among)
     whole: dict[nn.Parameter, Tensor] = {}
     over_parameters = weights.combined is not None and weights.combined.at == "parameters"
     if over_parameters or (weights.combined is None and passes.has_parameter_gradients()):
@@ -75,7 +77,7 @@ def combine(passes: Passes, weights: Weights, ahead: bool = False) -> dict[nn.Pa
         # An earlier read of parameter gradients keeps the graph; nothing comes after the step's own pass.
         shared = vector_jacobian(above, at_features, passes.shared, retain=ahead)
         if ahead:
-            passes.ahead = Ahead(weights.encoder, weights.encoder._version, shared)
+            passes.ahead = Ahead(weights.encoder, weights.encoder._version, shared, through)
         _add(local, passes.shared, shared)
     parameters = passes.trainable
     summed = parallel.add_gradients(parameters, [local.get(p) for p in parameters])
@@ -86,11 +88,21 @@ def combine(passes: Passes, weights: Weights, ahead: bool = False) -> dict[nn.Pa
 
 
 def _below(
-    passes: Passes, domain: Domain, weights: Weights, local: dict[nn.Parameter, Tensor], keep: bool
+    passes: Passes,
+    domain: Domain,
+    weights: Weights,
+    local: dict[nn.Parameter, Tensor],
+    through: dict[Branch, tuple[Gradients, Gradients]],
+    keep: bool,
+    among: Collection[int] | None,
 ) -> Gradients:
-    """Collect the gradients of heads and branches in `local`; return the weighted gradient at the features."""
+    """Collect the gradients of heads and branches in `local`; return the weighted gradient at the features.
+
+    What sums were made of on their way `through` a branch is kept, if the step may have the same weights.
+    """
     cut = domain.cut
     matrix = domain.gradients
+    known = passes.ahead.branches if passes.ahead is not None and passes.ahead.under(weights.encoder) else {}
     at_features = _Sum(len(cut.below))
     # Branch by branch in the order of the first riders, so that further riders of weight zero change no bit.
     riders: dict[int, list[int]] = {}
@@ -100,31 +112,43 @@ def _below(
     for together in riders.values():
         branch = passes.branch_of[together[0]]
         for_encoder, for_decoder = (_Sum(0 if branch is None else len(branch.cut.below)) for _ in range(2))
+        of_riders = _Sum(0 if branch is None else len(branch.parameters))
         for t in together:
+            if among is not None and t not in among:
+                continue
             own, at_cut = passes.head(t, keep)
             weighted = _Sum(len(own))
             weighted.add(own, weights.decoder[t])
             _add(local, passes.own[t], weighted.gradients)
             if matrix is not None:
                 if branch is not None:
-                    through = _Sum(len(branch.parameters))
-                    through.add(branch.gradients[t], weights.decoder[t])
-                    _add(local, branch.parameters, through.gradients)
+                    of_riders.add(branch.gradients[t], weights.decoder[t])
             elif branch is None:
                 at_features.add(at_cut, weights.encoder[t])
             else:
                 for_encoder.add(at_cut, weights.encoder[t])
                 if weights.encoder is not weights.decoder:
                     for_decoder.add(at_cut, weights.decoder[t])
-        if branch is None or matrix is not None:
+        if branch is None:
+            continue
+        if matrix is not None:
+            _add(local, branch.parameters, of_riders.gradients)
             continue
         if weights.encoder is weights.decoder:
-            wanted = [*branch.parameters, *cut.below]
-            found = vector_jacobian(branch.cut.above, for_encoder.gradients, wanted)
-            own, at_cut = found[: len(branch.parameters)], found[len(branch.parameters) :]
+            if branch in known:
+                own, at_cut = known[branch]
+            else:
+                wanted = [*branch.parameters, *cut.below]
+                found = vector_jacobian(branch.cut.above, for_encoder.gradients, wanted)
+                own, at_cut = found[: len(branch.parameters)], found[len(branch.parameters) :]
+            if keep:
+                through[branch] = own, at_cut
         else:
             own = vector_jacobian(branch.cut.above, for_decoder.gradients, branch.parameters)
-            at_cut = vector_jacobian(branch.cut.above, for_encoder.gradients, cut.below)
+            if branch in known:
+                at_cut = known[branch][1]
+            else:
+                at_cut = vector_jacobian(branch.cut.above, for_encoder.gradients, cut.below)
         _add(local, branch.parameters, own)
         at_features.add(at_cut, torch.ones_like(weights.encoder[0]))
     if matrix is not None:

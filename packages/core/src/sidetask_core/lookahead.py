@@ -21,12 +21,18 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from sidetask_core import parallel
 from sidetask_core.aside import RandomState, aside, device_of
 from sidetask_core.combine import Weights, combine
-from sidetask_core.passes import Passes, losses_of
+from sidetask_core.passes import Cut, Passes, losses_of
 from sidetask_core.signals import ElementSlopes, Mode, Part
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task
 
 Group = dict[str, Any]
+
+# Work in forward passes: of a backward pass, and of a derivative along a direction.
+_BACKWARD = 2
+_DERIVATIVE: dict[Mode, int] = {"exact": 3, "difference": 2, "one-sided": 1}
+# Backward for the direction and for the step, and the exact derivative in the next step.
+HINDSIGHT = 2 * _BACKWARD + _DERIVATIVE["exact"]
 
 
 class NoForwardDerivative(RuntimeError):
@@ -63,12 +69,16 @@ class Move:
         here = parameter.detach()
         if gradient is None or group is None:
             return cls(here, 0.0)
-        step = gradient + group.get("weight_decay", 0.0) * here
+        step = _plus(gradient, group.get("weight_decay", 0.0), here)
         if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
             momentum, velocity = group["momentum"], optimizer.state.get(parameter, {}).get("momentum_buffer")
-            velocity = step if velocity is None else momentum * velocity + (1 - group["dampening"]) * step
-            step = step + momentum * velocity if group["nesterov"] else velocity
-        return cls(here - group["lr"] * step, rate_of(parameter, optimizer, group))
+            if velocity is None:
+                velocity = step
+            else:
+                kept = 1 - group["dampening"]
+                velocity = _plus(step if kept == 1 else kept * step, momentum, velocity)
+            step = _plus(step, momentum, velocity) if group["nesterov"] else velocity
+        return cls(_plus(here, -group["lr"], step), rate_of(parameter, optimizer, group))
 
 
 def groups_of(optimizer: torch.optim.Optimizer, model: SplitModel) -> dict[int, Group]:
@@ -106,24 +116,39 @@ def rate_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, group: Gr
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One input of a step, its features, and the gradients that the tasks which read it have there.
+class Place:
+    """Where the gradients of some tasks are known: at the shared features, or at the output of a branch they ride.
 
     Attributes:
+        branch: the branch's name; None for the shared features.
+        random: the random state before the branch was computed.
         tasks: which tasks these are.
-        input: what was encoded.
-        random: the random state before.
-        cut: where the tensors that were cut are in the flattened features.
-        features: these tensors.
+        cut: where the tensors that were cut are in the flattened output.
+        tensors: these tensors.
         gradients: the tasks' gradients there, of this process ``[tasks, D]``.
     """
 
+    branch: str | None
+    random: RandomState
     tasks: list[int]
+    cut: list[int]
+    tensors: list[Tensor]
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One input of a step, and what is known of the tasks that read it.
+
+    Attributes:
+        input: what was encoded.
+        random: the random state before.
+        places: where their gradients are known, each task's at one of them.
+    """
+
     input: Any
     random: RandomState
-    cut: list[int]
-    features: list[Tensor]
-    gradients: Tensor
+    places: list[Place]
 
 
 @dataclass(frozen=True)
@@ -131,49 +156,61 @@ class Trail:
     """What a step leaves behind, from which the slope of its losses along any direction follows without its graph.
 
     Attributes:
-        shared: the encoder's parameters, by their names in ``model.named_parameters()``.
-        own: for each task the gradients of its branch and head, of this process, by name.
+        above: the parameters above the places, the encoder's and those of some branches, by their names in
+            ``model.named_parameters()``.
+        own: for each task its gradients of what is below its place, of this process, by name.
         encoded: one for every input.
         ambient: the precision of the forward pass.
     """
 
-    shared: dict[str, Tensor]
+    above: dict[str, Tensor]
     own: list[dict[str, Tensor]]
     encoded: list[Encoded]
     ambient: torch.autocast
 
     @classmethod
     def of(cls, model: SplitModel, passes: Passes, ambient: torch.autocast) -> Trail:
-        """The trail of a step. It holds on to what the step holds, and copies nothing."""
+        """The trail of a step that was prepared for it. It holds on to what the step holds."""
         names = {id(p): name for name, p in model.named_parameters()}
         own: list[dict[str, Tensor]] = [{} for _ in passes.losses]
+        above = {names[id(p)]: p.detach() for p in passes.shared}
         encoded = []
         for domain in passes.domains:
-            gradients = passes.feature_gradients(domain)
-            below = [x.detach() for x in domain.cut.below]
-            encoded.append(Encoded(domain.tasks, domain.input, domain.random, domain.cut.places, below, gradients))
+            if domain.gradients is not None:
+                places = [_place(None, domain.random, domain.tasks, domain.cut, domain.gradients)]
+            else:
+                alone = [t for t in domain.tasks if passes.branch_of[t] is None]
+                found = passes.head_gradients(domain.cut, alone)
+                places = [_place(None, domain.random, alone, domain.cut, found)] if alone else []
+                for branch in domain.branches:
+                    found = passes.head_gradients(branch.cut, branch.riders)
+                    places.append(_place(branch.name, branch.random, branch.riders, branch.cut, found))
+                    above |= {names[id(p)]: p.detach() for p in branch.parameters}
+            encoded.append(Encoded(domain.input, domain.random, places))
             for t in domain.tasks:
                 pairs = list(zip(passes.own[t], passes.head(t, keep=True)[0], strict=True))
-                branch = passes.branch_of[t]
-                if branch is not None:
-                    pairs += zip(branch.parameters, branch.gradients[t], strict=True)
+                branch_of = passes.branch_of[t]
+                if branch_of is not None and domain.gradients is not None:
+                    pairs += zip(branch_of.parameters, branch_of.gradients[t], strict=True)
                 for parameter, gradient in pairs:
                     if gradient is not None:
                         name = names[id(parameter)]
                         more = passes.unscaled(gradient)
                         own[t][name] = own[t][name] + more if name in own[t] else more
-        return cls({names[id(p)]: p.detach() for p in passes.shared}, own, encoded, ambient)
+        return cls(above, own, encoded, ambient)
 
     def of_tasks(self, names: Sequence[str], wanted: Sequence[str]) -> Trail:
         """The same for the tasks `wanted` of a step of tasks `names`, by name; new tasks have no gradients."""
         if list(names) == list(wanted):
             return self
         own = [self.own[names.index(name)] if name in names else {} for name in wanted]
-        encoded = []
-        for one in self.encoded:
-            rows = [i for i, t in enumerate(one.tasks) if names[t] in wanted]
-            tasks = [wanted.index(names[one.tasks[i]]) for i in rows]
-            encoded.append(replace(one, tasks=tasks, gradients=one.gradients[rows]))
+
+        def kept(place: Place) -> Place:
+            rows = [i for i, t in enumerate(place.tasks) if names[t] in wanted]
+            tasks = [wanted.index(names[place.tasks[i]]) for i in rows]
+            return replace(place, tasks=tasks, gradients=place.gradients[rows])
+
+        encoded = [replace(one, places=[kept(place) for place in one.places]) for one in self.encoded]
         return replace(self, own=own, encoded=encoded)
 
     def slopes(
@@ -181,37 +218,55 @@ class Trail:
     ) -> Tensor:
         """⟨direction, ∇L_t⟩ of the tasks `among`, zero for others ``[T]``, over all processes; no head is run again.
 
-        Below the cut they are dot products with the gradients of branches and heads. Above it, the encoder moved along
-        the direction moves the features, and that meets each task's gradient there.
+        Below a task's place they are dot products with its gradients. Above it, what is moved along the direction moves
+        the features there, and that meets the task's gradient.
         """
-        like = next(iter(self.shared.values()), next(model.parameters()))
+        like = next(iter(self.above.values()), next(model.parameters()))
         slopes = [torch.zeros((), dtype=torch.float64, device=like.device) for _ in self.own]
-        above = {name: along[name] for name in self.shared if name in along}
+        above = {name: along[name] for name in self.above if name in along}
         for one in self.encoded:
-            riders = [(i, t) for i, t in enumerate(one.tasks) if t in among]
-            moved = self._moved(model, one, above, mode) if riders and above and one.features else None
-            for i, t in riders:
-                # What a head adds to the gradient of a parameter that is shared, too, is weighed by the decoders' rule.
-                own = self.own[t] if part != "shared" else {}
-                products = [_dot(along[name], g) for name, g in own.items() if name in along]
-                if moved is not None:
-                    products.append(_dot(moved, one.gradients[i]))
-                for product in products:
-                    slopes[t] = slopes[t] + product
+            # What a head adds to the gradient of a parameter that is shared, too, is weighed by the decoders' rule.
+            for t in [t for place in one.places for t in place.tasks if t in among and part != "shared"]:
+                for name, gradient in self.own[t].items():
+                    if name in along:
+                        slopes[t] = slopes[t] + _dot(along[name], gradient)
+            places = [place for place in one.places if place.tensors and any(t in among for t in place.tasks)]
+            if not places or not above:
+                continue
+            moved = self._moved(model, one, places, above, mode)
+            for place, at_place in zip(
+                places, moved.split([place.gradients.shape[1] for place in places]), strict=True
+            ):
+                for t, gradient in zip(place.tasks, place.gradients, strict=True):
+                    if t in among:
+                        slopes[t] = slopes[t] + _dot(at_place, gradient)
         return parallel.add(torch.stack(slopes))
 
-    def _moved(self, model: SplitModel, one: Encoded, along: Mapping[str, Tensor], mode: Mode) -> Tensor:
-        """The derivative of the features along the direction, flattened."""
+    def _moved(
+        self, model: SplitModel, one: Encoded, places: Sequence[Place], along: Mapping[str, Tensor], mode: Mode
+    ) -> Tensor:
+        """The derivative along the direction of what there is at some places, flattened."""
 
-        def features(moved: Mapping[str, Tensor]) -> list[Tensor]:
-            def encode(model: SplitModel) -> list[Tensor]:
-                tensors, _ = tree_flatten(model.encode(one.input))
-                return [tensors[i] for i in one.cut]
+        def at_places(moved: Mapping[str, Tensor]) -> list[Tensor]:
+            def compute(model: SplitModel) -> list[Tensor]:
+                found, features = [], model.encode(one.input)
+                for place in places:
+                    output = features
+                    if place.branch is not None:
+                        place.random.restore(device_of(model))
+                        output = model.branches[place.branch](features)
+                    tensors, _ = tree_flatten(output)
+                    found += [tensors[i] for i in place.cut]
+                return found
 
             with self.ambient:
-                return aside(model, encode, {**self.shared, **moved}, one.random)
+                return aside(model, compute, {**self.above, **moved}, one.random)
 
-        return derivative_along(features, self.shared, one.features, along, mode)
+        return derivative_along(at_places, self.above, [x for place in places for x in place.tensors], along, mode)
+
+
+def _place(branch: str | None, random: RandomState, tasks: list[int], cut: Cut, gradients: Tensor) -> Place:
+    return Place(branch, random, tasks, cut.places, [x.detach() for x in cut.below], gradients)
 
 
 @dataclass(frozen=True)
@@ -348,8 +403,9 @@ class Lookahead:
     loss: Tensor | None = None
     directions: dict[Collection[int], dict[str, Tensor]] = field(default_factory=dict)
 
-    def derivative(self, weights: Tensor, part: Part, mode: Mode, among: Collection[int]) -> Tensor:
+    def derivative(self, weights: Tensor, part: Part, mode: Mode, among: Collection[int], taken: bool) -> Tensor:
         """d(primaries' validation loss after the step)/d(weight) of the tasks `among`, zero for others ``[T]``."""
+        self.passes.prepare(_DERIVATIVE[mode] + _BACKWARD * (1 if taken else 2))
         along = self._direction(Weights(weights, weights), part, [task for task in self.tasks if task.primary])
         trail = Trail.of(self.model, self.passes, self.ambient)
         return -trail.slopes(self.model, along, part, mode, among).to(weights)
@@ -367,6 +423,10 @@ class Lookahead:
         """α ∇ of the validation loss of tasks `of` after the step with these weights, by name."""
         passes = self.passes
         governed = parameters_of(self.model, passes, part)
+        # What the validation loss does not read may stay where it is.
+        read = {id(p) for task in of for p in self.model.specific_parameters(task.name)}
+        read |= {id(p) for p in self.model.shared_parameters()}
+        governed = {name: p for name, p in governed.items() if id(p) in read}
         found = combine(passes, weights, ahead=True)
         groups = groups_of(self.optimizer, self.model)
         after, rates = {}, {}
@@ -441,7 +501,7 @@ class Hindsight:
 
         if trail is not None:
             encoded = [replace(one, input=copied(one.input)) for one in trail.encoded]
-            trail = replace(trail, shared=kept(trail.shared), encoded=encoded)
+            trail = replace(trail, above=kept(trail.above), encoded=encoded)
         again = {
             name: replace(one, input=copied(one.input), target=copied(one.target), parameters=kept(one.parameters))
             for name, one in reruns.items()
@@ -456,7 +516,8 @@ class Hindsight:
     def direction(self, model: SplitModel, passes: Passes, part: Part, of: Collection[int]) -> dict[str, Tensor]:
         """α ∇ of the unweighted loss of tasks `of` in this step, by name."""
         ones = torch.tensor([float(t in of) for t in range(len(passes.losses))]).to(passes.losses[0])
-        found = combine(passes, Weights(ones, ones), ahead=True)
+        passes.prepare(HINDSIGHT)
+        found = combine(passes, Weights(ones, ones), ahead=True, among=of)
         # No step has these weights, so that nobody will ask for the gradient again.
         passes.ahead = None
         governed = parameters_of(model, passes, part)
@@ -472,6 +533,11 @@ def parameters_of(model: SplitModel, passes: Passes, part: Part) -> dict[str, nn
     shared = {id(p) for p in passes.shared}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {name: p for name, p in trained.items() if part == "all" or (id(p) in shared) == (part == "shared")}
+
+
+def _plus(a: Tensor, factor: float | Tensor, b: Tensor) -> Tensor:
+    """Give a + factor · b, in one pass over the memory unless the factor is a tensor, which would be waited for."""
+    return a + factor * b if isinstance(factor, Tensor) else torch.add(a, b, alpha=factor)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

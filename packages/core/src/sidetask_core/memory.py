@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from sidetask_core import parallel
 from sidetask_core.aside import RandomState, aside, device_of
-from sidetask_core.lookahead import Encoded, Hindsight, Rerun, Trail
+from sidetask_core.lookahead import HINDSIGHT, Encoded, Hindsight, Place, Rerun, Trail
 from sidetask_core.passes import Passes, losses_of
 from sidetask_core.signals import ElementSlopes, Mode, Part, Progress
 from sidetask_core.split import SplitModel
@@ -61,7 +61,10 @@ class Memory:
 
     def keep_trail(self, passes: Passes, ambient: torch.autocast, optimizer: torch.optim.Optimizer) -> None:
         """Keep what hindsight will need. Comes before gradients are combined, for they are handed out once."""
-        trail = Trail.of(self.model, passes, ambient) if self.wants_hindsight else None
+        trail = None
+        if self.wants_hindsight:
+            passes.prepare(HINDSIGHT)
+            trail = Trail.of(self.model, passes, ambient)
         reruns = {
             task.name: rerun
             for t, task in enumerate(self.tasks)
@@ -169,21 +172,30 @@ class Recall:
         return None if rerun is None else rerun.slopes(memory.model, task, self.directions[of], mode)
 
 
-def _saved(one: Trail | Rerun | Encoded) -> dict[str, Any]:
+def _saved(one: Trail | Rerun | Encoded | Place) -> dict[str, Any]:
     """In tensors, lists, dicts and numbers."""
     state = {field.name: getattr(one, field.name) for field in fields(one)}
     state = tree_map_only(RandomState, lambda random: (random.host, random.device), state)
     if isinstance(one, Trail):
         state["encoded"] = [_saved(encoded) for encoded in one.encoded]
-    if not isinstance(one, Encoded):
+    if isinstance(one, Encoded):
+        state["places"] = [_saved(place) for place in one.places]
+    if isinstance(one, (Trail, Rerun)):
         ambient = one.ambient
         state["ambient"] = (ambient.device, str(ambient.fast_dtype).removeprefix("torch."), ambient._enabled)
     return state
 
 
 def _loaded_trail(state: Mapping[str, Any], there: Callable[[Any], Any]) -> Trail:
-    encoded = [Encoded(**(there(one) | {"random": RandomState(*one["random"])})) for one in state["encoded"]]
-    return Trail(there(state["shared"]), there(state["own"]), encoded, _ambient(*state["ambient"]))
+    def loaded(one: Mapping[str, Any]) -> dict[str, Any]:
+        # A generator's state is on the host, wherever the generator is.
+        return {**there({k: v for k, v in one.items() if k != "random"}), "random": RandomState(*one["random"])}
+
+    encoded = [
+        Encoded(**{**loaded(one), "places": [Place(**loaded(place)) for place in one["places"]]})
+        for one in state["encoded"]
+    ]
+    return Trail(there(state["above"]), there(state["own"]), encoded, _ambient(*state["ambient"]))
 
 
 def _loaded_rerun(state: Mapping[str, Any], there: Callable[[Any], Any]) -> Rerun:

@@ -63,11 +63,16 @@ class Cut:
 class Branch:
     """A branch that several heads of one domain ride, cut at its output.
 
-    `gradients` holds each rider's gradients of the branch's parameters, once its feature gradient was asked for.
+    `riders` are the tasks that have labels in the batch, and `random` is the random state before the branch was
+    computed. `gradients` holds each rider's gradients of the branch's parameters, once its feature gradient was asked
+    for.
     """
 
+    name: str
     cut: Cut
     parameters: list[nn.Parameter]
+    riders: list[int]
+    random: RandomState
     gradients: dict[int, Gradients] = field(default_factory=dict)
 
 
@@ -89,11 +94,16 @@ class Domain:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Gradients of the shared parameters under some encoder weights, found ahead of the step."""
+    """Gradients of the shared parameters under some encoder weights, found ahead of the step.
+
+    `branches` has, of those whose riders' gradients were added up before they went through it, the gradients of its
+    parameters and at the features, both under these weights.
+    """
 
     weights: Tensor
     version: int
     gradients: Gradients
+    branches: dict[Branch, tuple[Gradients, Gradients]]
 
     def under(self, weights: Tensor) -> bool:
         """Whether `weights` are the very same memory, unchanged since."""
@@ -177,12 +187,15 @@ class Passes:
         routes = [model.route[tasks[t].name] for t in domain.tasks]
         for name in dict.fromkeys(routes):
             riders = [t for t, route in zip(domain.tasks, routes, strict=True) if route == name]
-            before = RandomState.of(device_of(model)) if noted else domain.random
+            several = name is not None and sum(self.targets[t] is not None for t in riders) > 1
+            before = RandomState.of(device_of(model)) if noted or several else domain.random
             output = domain.cut.structure if name is None else model.branches[name](domain.cut.structure)
             branch = None
             # A head that is not run needs no cut, so that a task which sits out changes no bit of what others do.
-            if name is not None and sum(self.targets[t] is not None for t in riders) > 1:
-                branch = Branch(Cut(output), [p for p in model.branches[name].parameters() if p.requires_grad])
+            if name is not None and several:
+                parameters = [p for p in model.branches[name].parameters() if p.requires_grad]
+                there = [t for t in riders if self.targets[t] is not None]
+                branch = Branch(name, Cut(output), parameters, there, before)
                 domain.branches.append(branch)
                 output = branch.cut.structure
             for t in riders:
@@ -230,6 +243,27 @@ class Passes:
                 _fill(row, at_cut, cut.sizes)
             domain.gradients = matrix.div_(self.scale) if self.scaled else matrix
         return domain.gradients
+
+    def prepare(self, work: int) -> None:
+        """Find every task's gradient at the features where slopes along a direction are had that way with least work.
+
+        With it they are products of gradients, and each rider has gone backward through its branch: the work of two
+        forward passes each, after which any weighted sum is free. The other way takes so much `work`, in forward
+        passes over the branch, however many ride it: backward for the sums that are wanted, and forward once with a
+        derivative.
+        """
+        shared = {id(p) for p in self.shared}
+        for domain in self.domains:
+            tied = any(id(p) in shared for branch in domain.branches for p in branch.parameters)
+            if tied or 2 * sum(len(branch.riders) for branch in domain.branches) <= work * len(domain.branches):
+                self.feature_gradients(domain)
+
+    def head_gradients(self, cut: Cut, tasks: Sequence[int]) -> Tensor:
+        """The gradients of some tasks at the cut that their heads read, unscaled ``[tasks, D]``."""
+        matrix = _matrix(len(tasks), cut.below)
+        for row, t in zip(matrix, tasks, strict=True):
+            _fill(row, self.head(t, keep=True)[1], cut.sizes)
+        return matrix.div_(self.scale) if self.scaled else matrix
 
     def parameter_gradients(self) -> tuple[Tensor, list[bool]]:
         """Every task's gradient of the shared parameters ``[T, D]``, and which of them any task reaches.

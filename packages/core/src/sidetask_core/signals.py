@@ -50,7 +50,7 @@ class Ahead(Protocol):
 
     loss: Tensor | None
 
-    def derivative(self, weights: Tensor, part: Part, mode: Mode, among: Collection[int]) -> Tensor:
+    def derivative(self, weights: Tensor, part: Part, mode: Mode, among: Collection[int], taken: bool) -> Tensor:
         """See `Signals.lookahead`."""
 
     def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
@@ -273,7 +273,9 @@ class Signals:
         """
         return self._progress()
 
-    def lookahead(self, weights: Tensor, *, mode: Mode = "exact", among: Sequence[str] | None = None) -> Tensor:
+    def lookahead(
+        self, weights: Tensor, *, mode: Mode = "exact", among: Sequence[str] | None = None, taken: bool = False
+    ) -> Tensor:
         """d(validation loss after the step) / d(weight of each task in the step), ``[T]``, over all processes.
 
         The step is the one that the optimizer would take with `weights` on the parameters that the rule weighs
@@ -281,16 +283,19 @@ class Signals:
         gradient there and α the learning rate, the derivative is −α ⟨v, ∇L_t⟩ (Liu et al., "Auto-λ", TMLR 2022).
 
         Costs one more backward pass over the encoder (none if the step itself has these weights), a forward and a
-        backward pass over the validation batch for the primary tasks, and what the mode costs. BatchNorm statistics and
-        random state do not notice, and dropout draws what it drew in the step.
+        backward pass over the validation batch for the primary tasks, and what the mode costs. A branch that several
+        heads ride costs what the encoder costs, or one backward pass for each of them if that is less. BatchNorm
+        statistics and random state do not notice, and dropout draws what it drew in the step.
 
         Args:
             weights: of the tasks in the step ``[T]``.
-            mode: ``"exact"``, by a forward-mode derivative of the encoder, which does the work of three forward passes;
-                ``"difference"``, by two forward passes of the encoder with displaced parameters; ``"one-sided"``, by
+            mode: ``"exact"``, by a forward-mode derivative of the encoder (and branches), which does the work of three
+                forward passes; ``"difference"``, by two forward passes with displaced parameters; ``"one-sided"``, by
                 one. Heads are not run again.
             among: the tasks whose derivatives are wanted; all if None. Others get zero, and tasks with inputs of their
                 own are not encoded for it.
+            taken: whether the step is going to be taken with this very tensor of weights. It decides what costs least
+                behind a branch that several heads ride, and not what is found.
 
         Where the encoder detaches a value or computes it under `torch.no_grad`, ``"exact"`` takes it for constant, as
         gradients do; differences follow it. Clipping between this and the optimizer's step is not known here. Where the
@@ -302,7 +307,7 @@ class Signals:
             NoForwardDerivative: naming the operator that mode ``"exact"`` cannot differentiate.
         """
         ahead = self._ahead()
-        found = ahead.derivative(weights, self.part, _mode(mode), self._indices(among))
+        found = ahead.derivative(weights, self.part, _mode(mode), self._indices(among), taken)
         # A validation loss that is not finite is none of the scaler's business: it would skip every step.
         if self._passes.scaled and ahead.loss is not None and not ahead.loss.isfinite():
             return found

@@ -1,6 +1,6 @@
 """SAAL: knowledge that flows one way, from a task to the branch of another."""
 
-from sidetask_saal.auxiliaries import SelfAuxiliaries
+from sidetask_saal.auxiliaries import SelfAuxiliaries, ends
 from sidetask_saal.estimates import (
     Frozen,
     coefficient_relations,
@@ -20,6 +20,7 @@ __all__ = [
     "SelfAuxiliaries",
     "Shares",
     "coefficient_relations",
+    "ends",
     "enumerate_transfers",
     "feature_relations",
     "gradient_angles",

@@ -7,9 +7,10 @@ own by declaring one.
 from sidetask_bench.networks.classifiers import lenet, resnet, vgg16
 from sidetask_bench.networks.convolutional import small
 from sidetask_bench.networks.fpn import fpn
+from sidetask_bench.networks.frozen import frozen
 from sidetask_bench.networks.mtan import mtan
 from sidetask_bench.networks.pretrained import timm
 from sidetask_bench.networks.resnet import deeplabv3
 from sidetask_bench.networks.unet import unet
 
-__all__ = ["deeplabv3", "fpn", "lenet", "mtan", "resnet", "small", "timm", "unet", "vgg16"]
+__all__ = ["deeplabv3", "fpn", "frozen", "lenet", "mtan", "resnet", "small", "timm", "unet", "vgg16"]

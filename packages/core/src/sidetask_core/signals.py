@@ -318,7 +318,8 @@ class Signals:
         task's weight, so that weighted means are the derivatives of shaped losses.
 
         Costs what `lookahead` costs, but for what the mode costs: the branch and the head of the task are run with the
-        encoder. Under several processes, every process must ask.
+        encoder. From the second step that asks on, ``"exact"`` does the work of two forward passes, not three: values
+        of convolutions and linear layers are those of the step. Under several processes, every process must ask.
 
         Args:
             task: whose elements.
@@ -374,7 +375,8 @@ class Signals:
 
         None in a first step, and if that step had no labels of the task on this process. Costs and arguments are those
         of `lookahead_elements`, without a validation batch; `hindsight` says what is kept. Of the network only this
-        task's branch and head are kept with the encoder, and no gradients.
+        task's branch and head are kept with the encoder, and no gradients, but the values of their convolutions and
+        linear layers, which are as large as a part of what a forward pass leaves for the backward pass.
 
         Raises:
             ValueError: for an unknown mode; from the step, if it was given no optimizer.

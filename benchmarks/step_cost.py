@@ -4,7 +4,8 @@
     python benchmarks/step_cost.py --device cuda --write
 
 Two settings: three dense tasks (segmentation, depth, normals) on a ResNet-18 with DeepLabV3 heads of 144 channels,
-which do 38 % of the work, and twenty classification tasks with small heads on the same trunk. One round times one step
+which do 38 % of the work, and twenty classification tasks with small heads on the same trunk. A third one, segmentation
+and depth on a U-Net with a decoder for each, is for class-wise weights, as in their paper. One round times one step
 of every method, in an order drawn anew; a ratio is taken within its round, and the table gives its median and quartiles
 over the rounds. Memory is the most that two steps in a row hold at a time on top of parameters, momentum and batches:
 gradients, copies of the network, and whatever is kept from one step to the next. `plain` is the sum of losses and one
@@ -12,11 +13,11 @@ gradients, copies of the network, and whatever is kept from one step to the next
 
 Methods that look ahead get a validation batch as large as the training batch, and SGD with momentum and weight decay to
 follow. In their rows all tasks are primary, unless it says "one primary". Of a method that learns in every fifth step,
-the time is a fifth of five steps in a row.
+the time is a fifth of five steps in a row. Class-wise weights are those of six bins of depth, for segmentation.
 
-A second table has the methods that TorchJD or LibMTL have too, and Auto-λ as it was published, on the same model and
-batch, in the same rounds (`peers.py`; those libraries are optional). A ratio there is ours to theirs, again within a
-round.
+A second table has the methods that TorchJD or LibMTL have too, and Auto-λ and Pareto MTL as they were published, on
+the same model and batch, in the same rounds (`peers.py`; those libraries are optional). A ratio there is ours to
+theirs, again within a round.
 
 A figure over its goal is marked with an exclamation mark; beside a peer the goal is 1.
 """
@@ -66,8 +67,20 @@ GOALS = {
     "after": Goal((2.4, math.inf), 2.2),
     "online": Goal((1.8, math.inf), 2.2),
     "every fifth": Goal((1.3, math.inf), 2.2),
+    "classwise lookahead": Goal((1.9, math.inf)),
+    "classwise lookahead, every fifth": Goal((1.3, math.inf)),
 }
+# What Yim and Kim (2020) report in their Table 2.
+PAPER = {"classwise difference": 1.69, "pareto-mtl over parameters": 6.2}
 PATIENCE = 300  # seconds for two steps of a peer
+CLASSWISE = {
+    "name": "classwise",
+    "main": "segmentation",
+    "auxiliary": "depth",
+    "classes": {"by": "uniform", "low": 0.5, "high": 1.5, "bins": 6},
+    "warmup": 0,
+}
+LOOKING = {**CLASSWISE, "estimator": "lookahead"}
 METHODS: dict[str, tuple[Any, str | None]] = {
     "equal": ("equal", None),
     **{name: (name, "losses") for name in ("uncertainty", "dwa", "rlw", "imtl-l", "atw", "puw")},
@@ -104,12 +117,21 @@ METHODS: dict[str, tuple[Any, str | None]] = {
     },
     "autolambda before, every fifth": ({"name": "autolambda", "every": 5}, "every fifth"),
     "autolambda before, one primary": ({"name": "autolambda"}, "before"),
+    "classwise, fixed weights": ({**CLASSWISE, "warmup": 1}, "losses"),
+    "classwise difference": (CLASSWISE, "losses"),
+    "classwise lookahead, validation batch": (LOOKING, None),
+    "classwise lookahead, next batch": ({**LOOKING, "probe": "next"}, "classwise lookahead"),
+    "classwise lookahead, next batch, one-sided": ({**LOOKING, "probe": "next", "mode": "one-sided"}, None),
+    "classwise lookahead, next batch, every fifth": (
+        {**LOOKING, "probe": "next", "every": 5},
+        "classwise lookahead, every fifth",
+    ),
 }
 
 
 @dataclass
 class Setting:
-    """A model, its tasks, two batches of one size and what takes the steps, on the device."""
+    """A model, its tasks, two batches of one size and what takes the steps, on the device; `rows`: which of METHODS."""
 
     name: str
     tasks: Sequence[Task]
@@ -117,6 +139,7 @@ class Setting:
     batch: Batch
     validation: Batch
     optimizer: torch.optim.SGD
+    rows: Sequence[str] = ()
 
 
 def dense(device: str, images: int | None = None) -> Setting:
@@ -156,6 +179,20 @@ def classification(device: str, images: int | None = None) -> Setting:
 
     model = SplitModel(nn.Sequential(*resnet_stages(18), pool), heads)
     return prepared("T = 20, classification", tasks, model, batch, device)
+
+
+def decoders(device: str, images: int | None = None) -> Setting:
+    """Segmentation and depth of rendered rooms on the U-Net of `sidetask_bench`, a quarter as wide."""
+    from sidetask_bench.networks import unet
+    from sidetask_datasets import scenes
+
+    size, usual = ((64, 96), 4) if device == "cpu" else ((288, 384), 16)
+    count = images or usual
+    rooms = scenes(size=size, train=2 * count, validation=1, test=1, tasks=["segmentation", "depth"])
+    both = iter(list(rooms.train.batches(count, shuffle=False, augment=False)))
+    model = unet(rooms, widths=[16, 32, 64, 128, 256])
+    setting = prepared("T = 2, U-Net", rooms.tasks, model, lambda: next(both), device)
+    return replace(setting, rows=("equal", "classwise", "pareto-mtl over parameters"))
 
 
 def prepared(name: str, tasks: Sequence[Task], model: SplitModel, batch: Callable[[], Batch], device: str) -> Setting:
@@ -251,13 +288,16 @@ def limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def methods(wanted: Sequence[str]) -> dict[str, Any]:
+def methods(setting: Setting, wanted: Sequence[str]) -> dict[str, Any]:
     """The methods to measure: installed, and with one of the `wanted` texts in their name; always `equal`."""
+    dense = {"segmentation", "depth"} <= {task.name for task in setting.tasks}
     names = plugins.installed("methods")
     found = {}
     for row, (spec, _) in METHODS.items():
         name = spec if isinstance(spec, str) else spec["name"]
         if row != "equal" and wanted and not any(text in row for text in wanted):
+            continue
+        if (setting.rows and not row.startswith(setting.rows)) or (name == "classwise" and not dense):
             continue
         if name in names:
             if name != "torchjd" or installed("TorchJD"):
@@ -269,7 +309,7 @@ def methods(wanted: Sequence[str]) -> dict[str, Any]:
 
 def builders(setting: Setting, wanted: Sequence[str], beside_peers: bool) -> dict[Key, Callable[[], Run]]:
     """What builds a step of every method and peer."""
-    found = {(row, ""): functools.partial(ours, setting, row, spec) for row, spec in methods(wanted).items()}
+    found = {(row, ""): functools.partial(ours, setting, row, spec) for row, spec in methods(setting, wanted).items()}
     found["plain", ""] = functools.partial(plain, setting)
     if beside_peers:
         found |= {key: build for key, build in peers(setting).items() if (key[0], "") in found}
@@ -346,6 +386,9 @@ def table(measured: dict[str, Any], column: int) -> str:
             f"| {row['method']} | {row['ratio']:.2f}{slow} | {low:.2f}–{high:.2f} | {row['milliseconds']:.0f} | "
             f"{row['memory']:.2f}{big} | {row['megabytes']:.0f} |"
         )
+    reported = [f"{figure} for {row}" for row, figure in PAPER.items() if row in {row["method"] for row in rows}]
+    if PAPER.keys() & {row["method"] for row in rows if row["method"].startswith("classwise")}:
+        lines += ["", f"Yim and Kim (2020, Table 2) report {' and '.join(reported)}."]
     if measured["peers"]:
         lines += [
             "",
@@ -371,7 +414,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--setting", choices=["dense", "classification"], help="only one of the two")
+    parser.add_argument("--setting", choices=["dense", "classification", "decoders"], help="only one of them")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -390,7 +433,7 @@ def main() -> None:
     if options.peers and versions():
         software += f"; {versions()}"
     head = f"{name}; {software}; {options.rounds} rounds"
-    for column, build in enumerate((dense, classification)):
+    for build, column in ((dense, 0), (classification, 1), (decoders, 0)):
         if options.setting not in (None, build.__name__):
             continue
         measured = measure(build(options.device), options)

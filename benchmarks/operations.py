@@ -75,21 +75,24 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     for setting in settings:
         equal = operations(ours(setting, "equal", "equal"))
-        for row, spec in methods(setting, ("autolambda", "classwise", "pareto-mtl over parameters")).items():
+        found = methods(setting, ("autolambda", "classwise", "pareto-mtl over parameters"))
+        for row, spec in found.items():
             step = ours(setting, row, spec)
             for _ in range(2):  # what a second look costs is what all others cost
                 step()
             rows.setdefault(row, {})[setting.name] = operations(step, 5 if "fifth" in row else 1) / equal
         for (row, library), build in peers(setting).items():
-            if library == LIBRARY and row in rows:
+            if library == LIBRARY and row in found:
                 rows.setdefault(f"{row.split()[0]} {LIBRARY}", {})[setting.name] = operations(build()) / equal
     names = [setting.name for setting in settings]
-    figures = {row: [f"{found[name]:.2f}" if name in found else "–" for name in names] for row, found in rows.items()}
+    figures = {
+        row: [f"{of_row[name]:.2f}" if name in of_row else "–" for name in names] for row, of_row in rows.items()
+    }
     lines = [
         "| operations / equal | " + " | ".join(names) + " |",
         "|---" + "|---:" * len(names) + "|",
         "| (in the heads) | " + " | ".join(f"{100 * share:.0f} %" for share in shares) + " |",
-        *(f"| {row} | " + " | ".join(found) + " |" for row, found in figures.items()),
+        *(f"| {row} | " + " | ".join(texts) + " |" for row, texts in figures.items()),
     ]
     head = f"torch {torch.__version__.split('+')[0]}"
     text = "\n".join(["### Operations", "", *lines, "", head, ""])

@@ -120,6 +120,7 @@ class Signals:
         epoch: int,
         recall: Recall,
         lookahead: Ahead | None = None,
+        followed: bool = False,
     ) -> None:
         self.tasks = tuple(task.name for task in tasks)
         self.primary = torch.tensor([task.primary for task in tasks])
@@ -132,6 +133,7 @@ class Signals:
         self._progress = functools.cache(recall.progress)
         self._recall = recall
         self._lookahead = lookahead
+        self._followed = followed
         self.part: Part = "all"
         self.labelled = passes.labelled
         losses = passes.losses
@@ -336,6 +338,20 @@ class Signals:
         k = self._objective(task, objective)
         found = self._ahead().elements(self._index(task), self._falling(of), _mode(mode))
         return None if found is None else found[k]
+
+    def expect(self, *, validation: bool) -> None:
+        """Raise what a look would in a later step, so that a mistake shows in the first one; costs nothing.
+
+        Args:
+            validation: whether it is going to be a lookahead, or a hindsight.
+
+        Raises:
+            ValueError: if the step was given no optimizer or, for a lookahead, no validation batch.
+        """
+        if validation:
+            self._ahead()
+        elif not self._followed:
+            raise ValueError("a rule looks back at each step and needs step.backward(batch, optimizer=...)")
 
     def _ahead(self) -> Ahead:
         if self._lookahead is None:

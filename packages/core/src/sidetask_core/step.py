@@ -224,7 +224,8 @@ class Step(nn.Module):
                 lookahead = Lookahead(
                     self.model, self.tasks, passes, ambient, validation, optimizer, self._memory.noted
                 )
-            signals = Signals(self.tasks, passes, self.iteration, self.epoch, recall, lookahead)
+            followed = optimizer is not None
+            signals = Signals(self.tasks, passes, self.iteration, self.epoch, recall, lookahead, followed)
             self._check_finite(signals.losses)
             try:
                 weights = self._weigh(signals)

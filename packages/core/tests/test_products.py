@@ -170,6 +170,23 @@ def test_what_was_written_over_or_cannot_be_watched_is_computed():
             assert not noted.found[0].intact
 
 
+@pytest.mark.parametrize("way", ["ahead", "back"])
+def test_only_who_differentiates_exactly_keeps_products(way):
+    for mode in ("exact", "one-sided"):
+        model = network()
+        ask = {"ahead": "lookahead_elements", "back": "hindsight_elements"}[way]
+        shaper = Asking(lambda signals, ask=ask, mode=mode: getattr(signals, ask)("b", mode=mode))
+        step, optimizer = (
+            Step(model, tasks(), Method(shapers={"b": shaper})),
+            torch.optim.SGD(model.parameters(), lr=0.1),
+        )
+        kept = []
+        for batch in data(3):
+            step.backward(batch, validation=batch, optimizer=optimizer)
+            kept.append({*step._memory.noted})
+        assert kept[-1] == ({"b"} if mode == "exact" else set())
+
+
 def test_products_of_compiled_modules_are_not_noted():
     model = network()
     assert products.can_be_noted(model)

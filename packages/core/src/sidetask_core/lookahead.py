@@ -343,7 +343,7 @@ class Lookahead:
         ambient: the precision of the forward pass.
         validation: the batch whose loss is to fall, or a function that gives it.
         optimizer: what will take the step.
-        noted: whose elements were looked at in any step, by name.
+        noted: whose elements were differentiated in any step, by name.
         decided: the weights of the step, once its rules were asked.
         loss: the validation loss after the step that was looked at last, over all processes.
         directions: those found for the step that was decided on, by the tasks whose loss is to fall.
@@ -372,7 +372,8 @@ class Lookahead:
             raise ValueError("element losses are looked at once the step's weights are decided, in a shaper's update")
         if of not in self.directions:
             self.directions[of] = self._direction(self.decided, "all", [self.tasks[i] for i in sorted(of)])
-        self.noted.add(self.tasks[t].name)
+        if mode == "exact":
+            self.noted.add(self.tasks[t].name)
         rerun = Rerun.of(self.model, self.tasks[t], t, self.passes, self.ambient)
         return None if rerun is None else rerun.slopes(self.model, self.tasks[t], self.directions[of], mode)
 

@@ -44,7 +44,7 @@ class Memory:
         self.wants_hindsight = False
         # The tasks whose element losses are asked for in hindsight.
         self.wants_elements: set[str] = set()
-        # Those that were run again for it, or for what lies ahead: in later steps their products are noted.
+        # Those that were differentiated for it, or for what lies ahead: in later steps their products are noted.
         self.noted: set[str] = set()
         self.past: Past | None = None
         self.hindsight: Hindsight | None = None
@@ -163,7 +163,8 @@ class Recall:
         """See `Signals.hindsight_elements`, for each objective."""
         memory, task = self.memory, self.memory.tasks[t]
         memory.wants_elements.add(task.name)
-        memory.noted.add(task.name)
+        if mode == "exact":
+            memory.noted.add(task.name)
         if self.last is None:
             return None
         if of not in self.directions:

@@ -185,7 +185,7 @@ def trade_off_panels(comparison: Comparison, label: Callable[[TaskRecord], str])
         if len(points) > 1:
             draw = partial(_trade_off, comparison=comparison, points=points, tasks=(one, other), label=label)
             words = [f"{name} {x.mean():.4g} and {y.mean():.4g}" for name, (x, y) in points.items()]
-            panels.append(Panel(f"{one.name} and {other.name}", draw, "; ".join(words)))
+            panels.append(Panel(f"{one.name} and {other.name}", draw, "; ".join(words), right=1.4))
     return panels
 
 

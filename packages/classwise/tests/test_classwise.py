@@ -22,7 +22,7 @@ RATE = 0.1
 TestDifference = conformance(classwise, classes=BINS, warmup=0, lr=LR)
 TestWindow = conformance(classwise, classes=BINS, warmup=1, lr=LR, window=2)
 TestLookahead = conformance(classwise, classes=BINS, estimator="lookahead", warmup=0, lr=LR)
-TestNext = conformance(classwise, classes=BINS, estimator="lookahead", probe="next", every=2, warmup=0, lr=LR)
+TestNext = conformance(classwise, classes=BINS, estimator="lookahead", probe="next", every=2, warmup=0, lr=LR, window=2)
 
 
 def cross_entropy(prediction, target):
@@ -505,6 +505,25 @@ def test_two_processes_learn_as_one(estimator, probe):
     assert (whole != 1).all()
     for half in in_two_processes(functools.partial(share, estimator=estimator, probe=probe)):
         close(half, whole, "weights", rtol=1e-8)
+
+
+def refused(rank, world):
+    """What a process says of labels beyond the classes that only the first one has."""
+    (batch,) = dense_batches(1)
+    seg = batch.targets["seg"] if rank == 0 else batch.targets["seg"].clamp(max=2)
+    shaper = ClassWise("depth", "seg", 3, warmup=0)
+    try:
+        Step(dense_model(), dense_tasks(), Method(shapers={"seg": shaper})).backward(
+            Batch(batch.inputs, {**batch.targets, "seg": seg})
+        )
+    except ValueError as error:
+        return str(error)
+
+
+def test_two_processes_refuse_together_what_one_of_them_has():
+    first, second = in_two_processes(refused)
+    assert "beyond its 3 classes" in first
+    assert first == second
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 2}, {"estimator": "lookahead"}], ids=str)

@@ -134,13 +134,15 @@ for name in PROJECTS:
 def compose(session: nox.Session) -> None:
     """Train with the methods of any two packages in the slots of one, from the wheels of these two alone."""
     packages = with_siblings(*METHODS)
-    session.install(*PINNED, *wheels(session, packages), *PYTEST)
+    session.install(*PINNED, *wheels(session, packages), "pytest")
+    # What they require of others stays; of the repository, only what the two declare may be there.
+    session.run("python", "-m", "pip", "uninstall", "-q", "-y", *[PREFIX + package for package in packages])
     for pair in itertools.combinations_with_replacement(METHODS, 2):
-        # What they require of others is there; of the repository, only what the two declare may be.
-        session.run("pip", "uninstall", "-q", "-y", *[PREFIX + package for package in packages])
-        session.install("--no-deps", *wheels(session, with_siblings(*pair)))
-        env = {**ONE_THREAD, "SIDETASK_PACKAGES": " ".join(pair)}
-        session.run("pytest", *WORKERS, "tests/compose", *session.posargs, env=env)
+        folder = Path(session.create_tmp()) / "-".join(pair)
+        shutil.rmtree(folder, ignore_errors=True)
+        session.install("-q", "--no-deps", "--target", str(folder), *wheels(session, with_siblings(*pair)))
+        env = {**ONE_THREAD, "PYTHONPATH": str(folder), "SIDETASK_PACKAGES": " ".join(pair)}
+        session.run("pytest", "tests/compose", *session.posargs, env=env)
 
 
 @nox.session

@@ -20,14 +20,15 @@ OPTIONS = {
 
 
 def pairs():
-    """All pairs of methods of different distributions; of a single one, each method once in either slot."""
+    """Every method above the cut with one below it, and the other way round; of two distributions if there are two."""
     homes = installed("methods")
-    if len(set(homes.values())) == 1:
-        names = list(homes)
-        yield from zip(names, names[1:] + names[:1], strict=True)
-    for encoder, decoder in itertools.product(homes, repeat=2):
-        if homes[encoder] != homes[decoder]:
-            yield encoder, decoder
+    names = {home: [name for name in homes if homes[name] == home] for home in sorted(set(homes.values()))}
+    if len(names) == 1:
+        (own,) = names.values()
+        yield from zip(own, own[1:] + own[:1], strict=True)
+    for encoders, decoders in itertools.permutations(names.values(), 2):
+        for turn in range(max(len(encoders), len(decoders))):
+            yield encoders[turn % len(encoders)], decoders[turn % len(decoders)]
 
 
 PAIRS = sorted(pairs())

@@ -1,4 +1,4 @@
-"""How many floating-point operations a step of Auto-λ or SAAL does, as a multiple of equal weighting's.
+"""How many floating-point operations a step that looks ahead does, as a multiple of equal weighting: its time's floor.
 
     python benchmarks/operations.py
     python benchmarks/operations.py --write
@@ -21,8 +21,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from peers import losses_of, peers
-from step_cost import METHODS, TRANSFERS, Run, Setting, classification, dense, half_shared, ours
+from step_cost import METHODS, TRANSFERS, Run, Setting, classification, decoders, dense, half_shared, methods, ours
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 LIBRARY = "as published"
@@ -60,7 +61,7 @@ def share_of_heads(setting: Setting) -> float:
     def whole() -> None:
         torch.stack(losses_of(setting, setting.model(setting.batch.inputs))).sum().backward()
 
-    features = setting.model.encode(setting.batch.inputs).detach().requires_grad_()
+    features = tree_map(lambda x: x.detach().requires_grad_(), setting.model.encode(setting.batch.inputs))
 
     def heads() -> None:
         torch.stack(losses_of(setting, setting.model.decode(features))).sum().backward()
@@ -109,24 +110,30 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the figures to benchmarks/results/")
     options = parser.parse_args()
     # The ratios do not depend on how many images there are.
-    settings = [dense("cpu", images=2), classification("cpu", images=2)]
+    settings = [dense("cpu", images=2), classification("cpu", images=2), decoders("cpu", images=2)]
     torch.set_num_threads(1)
     shares = [share_of_heads(setting) for setting in settings]
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, dict[str, float]] = {}
     for setting in settings:
         equal = operations(ours(setting, "equal", "equal"))
-        for row, (spec, _) in METHODS.items():
-            if row.startswith("autolambda"):
-                step = ours(setting, row, spec)
+        found = methods(setting, METHODS, ("autolambda", "classwise", "pareto-mtl over parameters"))
+        for row, spec in found.items():
+            step = ours(setting, row, spec)
+            for _ in range(2):  # what a second look costs is what all others cost
                 step()
-                rows.setdefault(row, []).append(operations(step, 5 if "fifth" in row else 1) / equal)
-        published = peers(setting)["autolambda before", LIBRARY]()
-        rows.setdefault(f"autolambda {LIBRARY}", []).append(operations(published) / equal)
+            rows.setdefault(row, {})[setting.name] = operations(step, 5 if "fifth" in row else 1) / equal
+        for (row, library), build in peers(setting).items():
+            if library == LIBRARY and row in found:
+                rows.setdefault(f"{row.split()[0]} {LIBRARY}", {})[setting.name] = operations(build()) / equal
+    names = [setting.name for setting in settings]
+    figures = {
+        row: [f"{of_row[name]:.2f}" if name in of_row else "–" for name in names] for row, of_row in rows.items()
+    }
     lines = [
-        "| operations / equal | " + " | ".join(setting.name for setting in settings) + " |",
-        "|---|---:|---:|",
+        "| operations / equal | " + " | ".join(names) + " |",
+        "|---" + "|---:" * len(names) + "|",
         "| (in the heads) | " + " | ".join(f"{100 * share:.0f} %" for share in shares) + " |",
-        *(f"| {row} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |" for row, ratios in rows.items()),
+        *(f"| {row} | " + " | ".join(texts) + " |" for row, texts in figures.items()),
     ]
     many, transfers = of_transfers()
     lines += [

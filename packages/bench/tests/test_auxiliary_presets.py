@@ -58,7 +58,9 @@ def test_every_ablation_trains(name: str) -> None:
 
 def test_the_grid_has_every_pair_of_weights() -> None:
     experiment = tiny("scenes-grid")
-    weights = [row.method["weights"] for name in experiment.rows if (row := experiment.run(name, 0)).row.startswith("d")]
+    weights = [
+        row.method["weights"] for name in experiment.rows if (row := experiment.run(name, 0)).row.startswith("d")
+    ]
     levels = (0.1, 0.3, 1.0)
     expected = [{"segmentation": 1.0, "depth": d, "normals": n} for d in levels for n in levels]
     assert weights == expected

@@ -188,8 +188,9 @@ class Experiment:
     ``{network: {cut: 0}}``: networks that share nothing. `baseline` is the row that relative improvement is
     measured against, the first one by default; `improvement` is one of the definitions of
     `sidetask_core.relative_improvement`. `breakdown` says of tasks by the classes of which other task their headline
-    metric is shown too: ``{depth: {by: segmentation}}`` (`sidetask_bench.breakdown`). `paper` has the figures that
-    ``sidetask table`` sets beside those of here.
+    metric is shown too: ``{depth: {by: segmentation}}`` (`sidetask_bench.breakdown`). `fronts` name rows that together
+    trace a trade-off between tasks, in their order: ``{pareto: [pareto-0, pareto-1]}``; they are drawn as one line.
+    `paper` has the figures that ``sidetask table`` sets beside those of here.
     """
 
     name: str
@@ -202,6 +203,7 @@ class Experiment:
     baseline: str | None = None
     improvement: Literal["mean-of-tasks", "one-metric", "flat"] = "mean-of-tasks"
     breakdown: Mapping[str, Breakdown] = field(default_factory=dict)
+    fronts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     paper: Paper | None = None
 
     def __post_init__(self) -> None:
@@ -213,6 +215,10 @@ class Experiment:
         _check_seeds(self.seeds)
         if self.baseline is not None and self.baseline not in self.rows:
             raise unknown(self.baseline, self.rows, "baseline", "row")
+        for front, rows in self.fronts.items():
+            for row in rows:
+                if row not in self.rows:
+                    raise unknown(row, self.rows, f"fronts.{front}", "row")
         for row in self.rows:
             self.run(row, self.seeds[0])
         for figures, key in ((self.paper.improvement, "improvement"), (self.paper.time, "time")) if self.paper else ():

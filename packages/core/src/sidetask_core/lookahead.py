@@ -22,6 +22,7 @@ from sidetask_core import parallel
 from sidetask_core.aside import RandomState, aside, device_of
 from sidetask_core.combine import Weights, combine
 from sidetask_core.passes import Cut, Passes, losses_of
+from sidetask_core.products import Product, Reused
 from sidetask_core.signals import ElementSlopes, Mode, Part
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task
@@ -281,6 +282,7 @@ class Rerun:
         masks: which of them are labelled.
         parameters: those of encoder, branch and head that are trained, by name.
         ambient: the precision of the forward pass.
+        products: those of encoder, branch and head that were noted; without them all are computed once more.
     """
 
     input: Any
@@ -290,6 +292,7 @@ class Rerun:
     masks: list[Tensor | None]
     parameters: dict[str, Tensor]
     ambient: torch.autocast
+    products: tuple[list[Product], list[Product], list[Product]] = ([], [], [])
 
     @classmethod
     def of(cls, model: SplitModel, task: Task, t: int, passes: Passes, ambient: torch.autocast) -> Rerun | None:
@@ -301,21 +304,28 @@ class Rerun:
         parameters = {n: p.detach() for n, p in model.named_parameters() if id(p) in above and p.requires_grad}
         losses, masks = zip(*elements, strict=True)
         random = (domain.random, *passes.random[t])
-        return cls(domain.input, passes.targets[t], random, [*losses], [*masks], parameters, ambient)
+        products = (domain.products, *passes.products[t])
+        return cls(domain.input, passes.targets[t], random, [*losses], [*masks], parameters, ambient, products)
 
     def slopes(self, model: SplitModel, task: Task, along: Mapping[str, Tensor], mode: Mode) -> list[ElementSlopes]:
         """−⟨direction, ∇d_i⟩ of every element loss d_i of each objective, from one pass of encoder, branch and head."""
         above = {name: along[name] for name in self.parameters if name in along}
+        # A difference wants the values elsewhere.
+        of_encoder, of_branch, of_head = self.products if mode == "exact" else ([], [], [])
 
         def elements(moved: Mapping[str, Tensor]) -> list[Tensor]:
             def compute(model: SplitModel) -> list[Tensor]:
                 device, branch = device_of(model), model.route[task.name]
-                read = model.encode(self.input)
+                with Reused(of_encoder):
+                    read = model.encode(self.input)
                 self.random[1].restore(device)
                 if branch is not None:
-                    read = model.branches[branch](read)
+                    with Reused(of_branch):
+                        read = model.branches[branch](read)
                 self.random[2].restore(device)
-                return [losses for losses, _ in task.elements(model.heads[task.name](read), self.target)]
+                with Reused(of_head):
+                    prediction = model.heads[task.name](read)
+                return [losses for losses, _ in task.elements(prediction, self.target)]
 
             with self.ambient:
                 return aside(model, compute, {**self.parameters, **moved}, self.random[0])
@@ -388,6 +398,7 @@ class Lookahead:
         ambient: the precision of the forward pass.
         validation: the batch whose loss is to fall, or a function that gives it.
         optimizer: what will take the step.
+        noted: whose elements were differentiated in any step, by name.
         decided: the weights of the step, once its rules were asked.
         loss: the validation loss after the step that was looked at last, over all processes.
         directions: those found for the step that was decided on, by the tasks whose loss is to fall.
@@ -399,6 +410,7 @@ class Lookahead:
     ambient: torch.autocast
     validation: Batch | Callable[[], Batch]
     optimizer: torch.optim.Optimizer
+    noted: set[str]
     decided: Weights | None = None
     loss: Tensor | None = None
     directions: dict[Collection[int], dict[str, Tensor]] = field(default_factory=dict)
@@ -416,6 +428,8 @@ class Lookahead:
             raise ValueError("element losses are looked at once the step's weights are decided, in a shaper's update")
         if of not in self.directions:
             self.directions[of] = self._direction(self.decided, "all", [self.tasks[i] for i in sorted(of)])
+        if mode == "exact":
+            self.noted.add(self.tasks[t].name)
         rerun = Rerun.of(self.model, self.tasks[t], t, self.passes, self.ambient)
         return None if rerun is None else rerun.slopes(self.model, self.tasks[t], self.directions[of], mode)
 

@@ -45,7 +45,8 @@ class Memory:
         # The tasks whose element losses are asked for in hindsight.
         self.wants_elements: set[str] = set()
         # Those that were differentiated for it, or for what lies ahead: in later steps their products are noted.
-        self.noted: set[str] = set()
+        # None stands for what is above the cuts, which losses are differentiated through.
+        self.noted: set[str | None] = set()
         self.past: Past | None = None
         self.hindsight: Hindsight | None = None
         # After a resume, only the process whose state was saved may have anything, and all have to know.

@@ -64,9 +64,9 @@ class Cut:
 class Branch:
     """A branch that several heads of one domain ride, cut at its output.
 
-    `riders` are the tasks that have labels in the batch, and `random` is the random state before the branch was
-    computed. `gradients` holds each rider's gradients of the branch's parameters, once its feature gradient was asked
-    for.
+    `riders` are the tasks that have labels in the batch, `random` is the random state before the branch was computed,
+    and `products` are those of the branch, if they were noted. `gradients` holds each rider's gradients of the branch's
+    parameters, once its feature gradient was asked for.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Branch:
     parameters: list[nn.Parameter]
     riders: list[int]
     random: RandomState
+    products: list[Product]
     gradients: dict[int, Gradients] = field(default_factory=dict)
 
 
@@ -116,7 +117,7 @@ class Passes:
     """The forward pass of a step and the backward passes over it.
 
     Losses are this process's shares of the means over all processes, multiplied by `scale` in every backward pass.
-    Products of the tasks `noted`, by name, are kept for who runs them again.
+    Products of the tasks `noted`, by name, are kept for who runs them again; None stands for those above the cuts.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Passes:
         batch: Batch,
         shapers: Mapping[str, nn.Module],
         scaler: torch.amp.GradScaler | None = None,
-        noted: Collection[str] = (),
+        noted: Collection[str | None] = (),
     ) -> None:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.shared = [p for p in model.shared_parameters() if p.requires_grad]
@@ -204,14 +205,14 @@ class Passes:
             output = domain.cut.structure
             products: list[Product] = []
             if name is not None:
-                wanted = any(tasks[t].name in self._noted for t in riders)
+                wanted = (several and None in self._noted) or any(tasks[t].name in self._noted for t in riders)
                 output, products = _with_products(model.branches[name], output, wanted)
             branch = None
             # A head that is not run needs no cut, so that a task which sits out changes no bit of what others do.
             if name is not None and several:
                 parameters = [p for p in model.branches[name].parameters() if p.requires_grad]
                 there = [t for t in riders if self.targets[t] is not None]
-                branch = Branch(name, Cut(output), parameters, there, before)
+                branch = Branch(name, Cut(output), parameters, there, before, products)
                 domain.branches.append(branch)
                 output = branch.cut.structure
             for t in riders:

@@ -339,8 +339,8 @@ def test_coefficients_of_transfers_are_a_matrix_over_training(tmp_path):
     assert [tuple(map(round, drawn[text])) for text in ("−0.20", "0.40", "0.10")] == [(1, 1), (2, 1), (1, 2)]
     rise = next(line for line in ax.lines if len(line.get_xdata()) == 20 and np.ptp(line.get_ydata()) > 0.5)
     assert rise.get_xdata()[-1] == pytest.approx(2.42)
-    # From zero, a third of the way up from the least to the largest, to the top of the cell.
-    assert rise.get_ydata()[[0, -1]] == pytest.approx([1.42 - 0.84 / 3, 0.58], abs=1e-6)
+    # From zero, a third of the way up from the least to the largest, to the largest's height.
+    assert rise.get_ydata()[[0, -1]] == pytest.approx([1.42 - 0.6 / 3, 0.82], abs=1e-6)
     text = report.write(tmp_path, pictures()).read_text(encoding="utf-8")
     assert "<h2>Transfers over training</h2>" in text
     assert (tmp_path / "pictures/transfers.png").exists()

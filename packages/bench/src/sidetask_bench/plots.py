@@ -183,8 +183,8 @@ def matrix_panel(title: str, tasks: Sequence[str], values: Matrix) -> Panel:
     """Values ``[T, T]``, source by target, as a heat map; what is NaN stays white."""
     left = 0.2 + 0.085 * max(len(_short(name)) for name in tasks)
     most = float(np.nanmax(np.abs(values), initial=0.0))
-    # A decimal if the largest has two digits before it, and so on.
-    places = 1 if most >= 1 or most == 0 else min(6, 2 - math.floor(math.log10(most)))
+    # Two digits of the largest that is below one.
+    places = 1 if most >= 1 or most == 0 else min(6, 1 - math.floor(math.log10(most)))
     pairs = [
         f"{source} to {target} {_signed(values[s, t], places)}"
         for (s, source), (t, target) in itertools.permutations(enumerate(tasks), 2)
@@ -253,8 +253,9 @@ def _matrix_of_curves(ax: Axes, names: Sequence[str], cells: Mapping[tuple[int, 
     for (s, t), curve in cells.items():
         look = LIGHT.line(s)
         x = t - 0.42 + 0.84 * curve.x / last
-        heights = [s + 0.42 - 0.84 * (y - low) / reach for y in (curve.low, curve.high, curve.mean)]
-        ax.plot([t - 0.42, t + 0.42], [s + 0.42 + 0.84 * low / reach] * 2, color=LIGHT.grid, linewidth=0.7)
+        # Below the number.
+        heights = [s + 0.42 - 0.6 * (y - low) / reach for y in (curve.low, curve.high, curve.mean)]
+        ax.plot([t - 0.42, t + 0.42], [s + 0.42 + 0.6 * low / reach] * 2, color=LIGHT.grid, linewidth=0.7)
         ax.fill_between(x, heights[0], heights[1], color=look["color"], alpha=0.16, linewidth=0)
         ax.plot(x, heights[2], linewidth=1.4, **look)
         end = curve.mean[np.isfinite(curve.mean)][-1]

@@ -328,6 +328,8 @@ def test_coefficients_of_transfers_are_a_matrix_over_training(tmp_path):
         path.write_text("\n".join(json.dumps(x | {"encoder": w}) for x, w in zip(lines, weights, strict=True)))
     comparison = records.load(tmp_path)
     (panel,) = plots.transfer_panels(comparison, records.steps(comparison))
+    lines = plots.step_panels(comparison, records.steps(comparison), "weight")
+    assert [p.words for p in lines if p.title == "saal-w"] == ["weight at the end: depth -0.2"]
     assert panel.title == "saal-w"
     assert panel.words == "coefficients at the end: depth -0.2; depth to normals 0.4; normals to depth 0.1"
     ax = Figure().subplots()

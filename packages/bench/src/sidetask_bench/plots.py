@@ -30,6 +30,8 @@ from sidetask_bench.records import ByClass, Comparison, Curve, RowRecord, TaskRe
 Matrix = npt.NDArray[np.float64]
 
 PANEL = (4.4, 3.1)
+# Between source and target in the name of a transfer, a task that a method has added.
+ARROW = "→"
 DPI = 150
 
 # Okabe and Ito's colours, told apart under the common colour vision deficiencies; yellow is too faint for lines, and
@@ -114,11 +116,12 @@ def step_panels(
     """Weights or norms, as `y` says, over the steps, one panel per row that has any; `rule` is drawn across."""
     places = {task.name: index for index, task in enumerate(comparison.tasks)}
     for curves in values.values():  # tasks that a method added come after the dataset's
-        for task in curves:
+        for task in [task for task in curves if ARROW not in task]:
             places.setdefault(task, len(places))
     panels = []
     for row in comparison.rows:
-        if of_row := values.get(row.name):
+        # Transfers have a matrix of their own.
+        if of_row := {name: curve for name, curve in values.get(row.name, {}).items() if ARROW not in name}:
             pooled = max(curve.pooled for curve in of_row.values())
             x = "step" if pooled == 1 else f"step (means of {pooled}; band: least to most)"
             draw = partial(_lines, curves=of_row, places=places, x=x, y=y, rule=rule)
@@ -231,7 +234,7 @@ def transfer_panels(comparison: Comparison, weights: Mapping[str, Mapping[str, C
             (s, t): curves[name]
             for s, source in enumerate(tasks)
             for t, target in enumerate(tasks)
-            if (name := source if s == t else f"{source}→{target}") in curves
+            if (name := source if s == t else f"{source}{ARROW}{target}") in curves
         }
         if any(s != t for s, t in cells):
             names = {f"{tasks[s]} to {tasks[t]}" if s != t else tasks[s]: curve for (s, t), curve in cells.items()}

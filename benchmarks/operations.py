@@ -70,7 +70,7 @@ def share_of_heads(setting: Setting) -> float:
 
 
 def of_transfers() -> tuple[list[float], dict[str, list[float]]]:
-    """The heads' share of a plain step, and the operations of the methods that add transfers, for each of `TASKS`."""
+    """The share of branches and heads in a plain step, and the operations with transfers, for each of `TASKS`."""
     shares: list[float] = []
     rows: dict[str, list[float]] = {row: [] for row in TRANSFERS if row != "equal"}
     for tasks in TASKS:
@@ -140,7 +140,7 @@ def main() -> None:
         "",
         "| operations / equal, half-shared | " + " | ".join(f"T = {tasks}" for tasks in TASKS) + " |",
         "|---|" + "---:|" * len(TASKS),
-        "| (in the heads) | " + " | ".join(f"{100 * share:.0f} %" for share in many) + " |",
+        "| (in branches and heads) | " + " | ".join(f"{100 * share:.0f} %" for share in many) + " |",
         *(f"| {row} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |" for row, ratios in transfers.items()),
     ]
     head = f"torch {torch.__version__.split('+')[0]}"

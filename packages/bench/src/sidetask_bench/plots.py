@@ -30,6 +30,8 @@ from sidetask_bench.records import ByClass, Comparison, Curve, RowRecord, TaskRe
 Matrix = npt.NDArray[np.float64]
 
 PANEL = (4.4, 3.1)
+# Between source and target in the name of a transfer, a task that a method has added.
+ARROW = "→"
 DPI = 150
 
 # Okabe and Ito's colours, told apart under the common colour vision deficiencies; yellow is too faint for lines, and
@@ -115,11 +117,12 @@ def step_panels(
     """Weights or norms, as `y` says, over the steps, one panel per row that has any; `rule` is drawn across."""
     places = {task.name: index for index, task in enumerate(comparison.tasks)}
     for curves in values.values():  # tasks that a method added come after the dataset's
-        for task in curves:
+        for task in [task for task in curves if ARROW not in task]:
             places.setdefault(task, len(places))
     panels = []
     for row in comparison.rows:
-        if of_row := values.get(row.name):
+        # Transfers have a matrix of their own.
+        if of_row := {name: curve for name, curve in values.get(row.name, {}).items() if ARROW not in name}:
             pooled = max(curve.pooled for curve in of_row.values())
             x = "step" if pooled == 1 else f"step (means of {pooled}; band: least to most)"
             draw = partial(_lines, curves=of_row, places=places, x=x, y=y, rule=rule)
@@ -238,8 +241,8 @@ def matrix_panel(title: str, tasks: Sequence[str], values: Matrix) -> Panel:
     """Values ``[T, T]``, source by target, as a heat map; what is NaN stays white."""
     left = 0.2 + 0.085 * max(len(_short(name)) for name in tasks)
     most = float(np.nanmax(np.abs(values), initial=0.0))
-    # A decimal if the largest has two digits before it, and so on.
-    places = 1 if most >= 1 or most == 0 else min(6, 2 - math.floor(math.log10(most)))
+    # Two digits of the largest that is below one.
+    places = 1 if most >= 1 or most == 0 else min(6, 1 - math.floor(math.log10(most)))
     pairs = [
         f"{source} to {target} {_signed(values[s, t], places)}"
         for (s, source), (t, target) in itertools.permutations(enumerate(tasks), 2)
@@ -286,7 +289,7 @@ def transfer_panels(comparison: Comparison, weights: Mapping[str, Mapping[str, C
             (s, t): curves[name]
             for s, source in enumerate(tasks)
             for t, target in enumerate(tasks)
-            if (name := source if s == t else f"{source}→{target}") in curves
+            if (name := source if s == t else f"{source}{ARROW}{target}") in curves
         }
         if any(s != t for s, t in cells):
             names = {f"{tasks[s]} to {tasks[t]}" if s != t else tasks[s]: curve for (s, t), curve in cells.items()}
@@ -308,8 +311,9 @@ def _matrix_of_curves(ax: Axes, names: Sequence[str], cells: Mapping[tuple[int, 
     for (s, t), curve in cells.items():
         look = LIGHT.line(s)
         x = t - 0.42 + 0.84 * curve.x / last
-        heights = [s + 0.42 - 0.84 * (y - low) / reach for y in (curve.low, curve.high, curve.mean)]
-        ax.plot([t - 0.42, t + 0.42], [s + 0.42 + 0.84 * low / reach] * 2, color=LIGHT.grid, linewidth=0.7)
+        # Below the number.
+        heights = [s + 0.42 - 0.6 * (y - low) / reach for y in (curve.low, curve.high, curve.mean)]
+        ax.plot([t - 0.42, t + 0.42], [s + 0.42 + 0.6 * low / reach] * 2, color=LIGHT.grid, linewidth=0.7)
         ax.fill_between(x, heights[0], heights[1], color=look["color"], alpha=0.16, linewidth=0)
         ax.plot(x, heights[2], linewidth=1.4, **look)
         end = curve.mean[np.isfinite(curve.mean)][-1]

@@ -471,6 +471,8 @@ class Lookahead:
             gradient = passes.unscaled(found.pop(p)) if p in found else None
             move = Move.of(p, gradient, self.optimizer, groups.get(id(p)))
             after[name], rates[name] = move.after, move.rate
+        # What is left, gradients of heads that the validation loss does not read, is not held through its passes.
+        found.clear()
         along = self._validation_gradient(of, after)
         # One by one, since each of these is as large as the network.
         for name in along:

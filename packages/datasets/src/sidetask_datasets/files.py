@@ -24,6 +24,19 @@ class DataError(ValueError):
     """Something is wrong with a file; the message begins with its path."""
 
 
+class DataErrors(DataError):
+    """Something is wrong with several files.
+
+    Attributes:
+        problems: one line each, beginning with a path.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        super().__init__("\n".join([*([f"{count} problems:"] if count > 1 else []), *self.problems]))
+
+
 def read_ids(path: Path) -> list[str]:
     """The ids in a UTF-8 text file, one a line; empty lines are skipped.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,17 @@ _WANTED = {
 }
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 # What a damaged header or body makes numpy and Pillow raise.
-_BROKEN = (OSError, ValueError, TypeError, SyntaxError, EOFError, KeyError, OverflowError, MemoryError)
+_BROKEN = (
+    OSError,
+    ValueError,
+    TypeError,
+    SyntaxError,
+    EOFError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    tokenize.TokenError,
+)
 
 
 class DataError(ValueError):

@@ -18,7 +18,7 @@ from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.cache import prepare
 from sidetask_datasets.dataset import Dataset
-from sidetask_datasets.files import DataError
+from sidetask_datasets.files import DataError, DataErrors
 from sidetask_datasets.noise import with_noise
 from sidetask_datasets.source import Source
 from sidetask_datasets.split import ResidentSplit
@@ -83,8 +83,11 @@ def hold_out(source: Source, count: int, pool: str = "train") -> Parts:
     """Validation is the last `count` samples of a source's split, training the others, test its split "test".
 
     Raises:
+        DataErrors: what is wrong with the tree.
         DataError: if nothing is left to train on.
     """
+    if source.problems:
+        raise DataErrors(source.problems)
     there = len(source.splits[pool])
     if there <= count:
         raise DataError(f"{source.root}: with {there} samples, {count} for validation leave none to train on")
@@ -120,6 +123,8 @@ def read_splits(
     """
     if parts is None:
         parts = {name: (name, slice(None)) for name in source.splits}
+    if source.problems:
+        raise DataErrors(source.problems)
     for name, (pool, rows) in parts.items():
         if not source.splits[pool][rows]:
             raise DataError(f"{source.root}: the split {name!r} is empty")

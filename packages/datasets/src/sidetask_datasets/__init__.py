@@ -7,7 +7,7 @@ from sidetask_datasets.cityscapes import cityscapes
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset
 from sidetask_datasets.digits import digits
-from sidetask_datasets.files import DataError
+from sidetask_datasets.files import DataError, DataErrors
 from sidetask_datasets.frames import frames
 from sidetask_datasets.noise import with_noise
 from sidetask_datasets.nyuv2 import nyuv2
@@ -20,6 +20,7 @@ __all__ = [
     "Augmentation",
     "Column",
     "DataError",
+    "DataErrors",
     "Dataset",
     "ResidentSplit",
     "Split",

@@ -7,9 +7,12 @@ augmented and moved alike.
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sidetask_core import Task
@@ -77,6 +80,30 @@ def dense_targets(
             view = View("normals" if name == "normals" else "binary")
         targets.append(Target(task, len(named) or {"normals": 3}.get(name, 1), view))
     return targets
+
+
+def find_source(factory: Callable[..., Dataset], root: Folder, options: Mapping[str, Any]) -> Source:
+    """The files of an adapter's dataset, without reading more of them than it takes to find them.
+
+    Args:
+        factory: of the dataset. Beside it, in its module, is the function ``NAME_source``.
+        root: of the files.
+        options: of the dataset; those that say nothing of how files are read are left out.
+
+    Raises:
+        ValueError: if the dataset is not read from files, or for an option that it does not take.
+        DataError: see the adapter.
+    """
+    find = getattr(sys.modules[factory.__module__], f"{factory.__name__}_source", None)
+    if find is None:
+        raise ValueError(f"dataset {factory.__name__!r} is not read from files, so there is nothing to prepare")
+    takes = [name for name in inspect.signature(factory).parameters if name != "root"]
+    for name in options:
+        if name not in takes:
+            raise ValueError(f"dataset {factory.__name__!r} has no option {name!r}; there are: {', '.join(takes)}")
+    needs = inspect.signature(find).parameters
+    found: Source = find(root, **{name: value for name, value in options.items() if name in needs})
+    return found
 
 
 def hold_out(source: Source, count: int, pool: str = "train") -> Parts:

@@ -48,7 +48,7 @@ class DataError(ValueError):
 
 
 class DataErrors(DataError):
-    """Something is wrong with several files.
+    """Something is wrong with several files; the first line of the message names one and says how many more.
 
     Attributes:
         problems: one line each, beginning with a path.
@@ -56,8 +56,9 @@ class DataErrors(DataError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        count = len(self.problems)
-        super().__init__("\n".join([*([f"{count} problems:"] if count > 1 else []), *self.problems]))
+        first, *others = self.problems
+        more = f" (and {len(others)} more problems)" if others else ""
+        super().__init__("\n".join([first + more, *others]))
 
 
 def read_ids(path: Path) -> list[str]:

@@ -8,6 +8,7 @@ from sidetask_datasets.dataset import Dataset
 from sidetask_datasets.digits import digits
 from sidetask_datasets.files import DataError
 from sidetask_datasets.frames import frames
+from sidetask_datasets.joined import JoinedSplit
 from sidetask_datasets.noise import with_noise
 from sidetask_datasets.pseudo import pseudo, pseudo_label, thresholded, with_pseudo
 from sidetask_datasets.scenes import scenes
@@ -19,6 +20,7 @@ __all__ = [
     "Column",
     "DataError",
     "Dataset",
+    "JoinedSplit",
     "ResidentSplit",
     "Split",
     "View",

@@ -5,7 +5,7 @@ from sidetask_datasets.scenes.layout import furnish
 from sidetask_datasets.scenes.render import render
 from sidetask_datasets.scenes.world import Camera
 
-KINDS = {"depth": "depth", "normals": "normals", "segmentation": "classes", "edges": "edges", "label": "label"}
+KINDS = {"depth": "depth", "normals": "normals", "segmentation": "classes", "edges": "binary", "label": "label"}
 
 
 def numbers(count, scale=0.0, top=0.0, left=0.0, flip=0.99):

@@ -22,7 +22,7 @@ def test_normals_survive_to_a_hundredth_of_a_degree():
     torch.testing.assert_close(lengths[lengths > 0.5], torch.ones(2 * 256 - 1))
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("classes", (1, 1, 3)), ("edges", (1, 1, 1, 3))])
+@pytest.mark.parametrize(("kind", "shape"), [("classes", (1, 1, 3)), ("binary", (1, 1, 1, 3))])
 def test_the_highest_byte_is_unlabelled(kind, shape):
     read = Column(torch.tensor([[[0, 12, 255]]], dtype=torch.uint8), kind).read(torch.tensor([0]))
     assert read.shape == shape
@@ -39,8 +39,9 @@ def test_images_are_standardised():
 
 def test_a_tensor_of_another_kind_is_refused():
     with pytest.raises(
-        ValueError, match=r"a column of depth is stored as torch.int16 .* found torch.float32 \[1, 2, 2\]"
+        ValueError,
+        match=r"a column of depth is stored as torch.int16 or torch.float32 .* found torch.float64 \[1, 2, 2\]",
     ):
-        Column(torch.zeros(1, 2, 2), "depth")
+        Column(torch.zeros(1, 2, 2, dtype=torch.float64), "depth")
     with pytest.raises(ValueError, match=r"a column's kind is one of image, .* not 'thing'"):
         Column(torch.zeros(1), "thing")

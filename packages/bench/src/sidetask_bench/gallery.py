@@ -173,8 +173,8 @@ def _legend(task: Task, view: View, truths: Sequence[Tensor]) -> Legend:
             return Legend("Red faces right, green up, blue the camera; black has no label.")
         case "distribution":
             return Legend("The likeliest class; black has no label.")
-        case "edges":
-            return Legend("White is an edge; a prediction is as bright as its probability.")
+        case "binary":
+            return Legend("White is what is sought; a prediction is as bright as its probability.")
         case _:
             return Legend("The class, as the network names it.")
 

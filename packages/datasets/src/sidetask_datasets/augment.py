@@ -18,8 +18,8 @@ class Augmentation:
     """Scale-crop and horizontal flip, the augmentation of the dense multi-task benchmarks.
 
     A window of 1/scale of the height and width, at a random place, is enlarged to the full size: image bilinear, labels
-    nearest, depth divided by the scale. A flip also negates the x component of normals. As no scale is
-    below 1, nothing is ever padded. Edges are enlarged as labels are, and so get as much wider. Tokens, whose patches
+    nearest, depth divided by the scale, disparity multiplied by it. A flip also negates the x component of normals. As
+    no scale is below 1, nothing is ever padded. Edges are enlarged as labels are, and so get as much wider. Tokens, whose patches
     the window need not meet, are mixed bilinearly.
 
     Args:
@@ -53,7 +53,7 @@ class Augmentation:
         Args:
             image: ``[n, C, H, W]`` float.
             targets: as a batch has them, each of the size of the image; tokens of any.
-            kinds: the kind of each target; labels of whole images stay as they are.
+            kinds: the kind of each target; what is of whole images stays as it is.
             numbers: ``[n, 4]`` uniform in [0, 1).
         """
         height, width = image.shape[-2:]
@@ -69,10 +69,12 @@ class Augmentation:
             kind = kinds[name]
             if kind == "tokens":
                 target = self._tokens(target, scale, flip, numbers)
-            elif kind not in ("label", "soft"):
+            elif kind not in ("label", "soft", "vector"):
                 target = _sample_nearest(target, rows, columns)
             if kind == "depth":
                 target = target / scale.view(-1, 1, 1, 1)
+            if kind == "disparity":
+                target = target * scale.view(-1, 1, 1, 1)
             if kind == "normals":
                 sign = torch.where(flip, -1.0, 1.0).to(target.dtype)
                 target = torch.cat([target[:, :1] * sign.view(-1, 1, 1, 1), target[:, 1:]], dim=1)

@@ -67,7 +67,7 @@ def prepare(
         source: the files.
         folder: where caches are kept, see `cache_folder`.
         jobs: processes that decode; None: one per core, or none beside this one where there is little to do.
-        progress: show a bar on standard error while decoding.
+        progress: show a bar while decoding, if standard error is a terminal.
 
     Raises:
         DataErrors: naming every file that something is wrong with. What could be decoded is kept aside, so that the
@@ -150,7 +150,13 @@ def _build(
     total = sum(len(samples) for samples in source.splits.values())
     problems: list[str] = []
     sizes = {chunk: int(chunk.split()[2]) - int(chunk.split()[1]) for chunk in missing}
-    bar = tqdm(total=total, initial=total - sum(sizes.values()), desc=source.name, unit="sample", disable=not progress)
+    bar = tqdm(
+        total=total,
+        initial=total - sum(sizes.values()),
+        desc=source.name,
+        unit="sample",
+        disable=None if progress else True,
+    )
     with bar:
         for chunk, wrong in _decode_all(source, part, missing, jobs):
             if wrong:

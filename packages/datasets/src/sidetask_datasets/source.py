@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from torch import Tensor
 
-from sidetask_datasets.columns import Kind
+from sidetask_datasets.columns import Column, Kind
 from sidetask_datasets.files import DataError
 
 # What a field's reader is called with for one sample: the path of its file first.
@@ -29,12 +30,20 @@ class Field:
         read: ``read(*item)`` gives one sample of that shape and type, checked, and raises `DataError`, beginning with
             the path, for whatever is wrong with the file. Processes have to be able to import it by name, so it is a
             function of a module or a `functools.partial` of one.
+        mean, std, scale: of the `Column`.
     """
 
     kind: Kind
     shape: tuple[int, ...]
     dtype: str
     read: Callable[..., NDArray[Any]]
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    scale: float = 0.001
+
+    def column(self, data: Tensor) -> Column:
+        """The column of all samples as they are stored, ``[N, *shape]``."""
+        return Column(data, self.kind, self.mean, self.std, self.scale)
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Source:
     @property
     def layout(self) -> dict[str, Any]:
         """What decides how values are stored, whatever the files hold."""
-        fields = {name: [f.kind, list(f.shape), f.dtype] for name, f in self.fields.items()}
+        fields = {name: [f.kind, list(f.shape), f.dtype, f.scale] for name, f in self.fields.items()}
         counts = {name: len(samples) for name, samples in self.splits.items()}
         layout = {"name": self.name, "version": self.version, "fields": fields, "splits": counts}
         # As it reads back, so that tuples and lists are one.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 Colour = tuple[int, int, int]
 Pixels = NDArray[numpy.uint8]
-ViewKind = Literal["image", "classes", "scalar", "normals", "edges", "label", "distribution"]
+ViewKind = Literal["image", "classes", "scalar", "normals", "binary", "label", "distribution"]
 
 UNLABELLED: Colour = (0, 0, 0)
 # Dark violet to light yellow, of evenly rising lightness: near is bright.
@@ -32,7 +32,7 @@ class View:
     classes  ``[H, W]`` integer, −1 unlabelled     ``[C, H, W]`` logits         each class in its colour
     scalar   ``[1, H, W]``, 0 unlabelled           ``[1, H, W]``                bright is low, dark is high
     normals  ``[3, H, W]``, 0 unlabelled           ``[3, H, W]`` any length     red right, green up, blue near
-    edges    ``[1, H, W]`` integer, −1 unlabelled  ``[1, H, W]`` logits         white is an edge
+    binary   ``[1, H, W]`` integer, −1 unlabelled  ``[1, H, W]`` logits         white is what is sought
     label    0-dim integer                         ``[C]`` logits               the class's name
     ======== ===================================== ============================ ============================
 
@@ -95,7 +95,7 @@ class View:
                 length = vectors.norm(dim=0)
                 facing = torch.stack([vectors[0], -vectors[1], -vectors[2]]) / length.clamp(min=1e-12)
                 return _bytes(((127.5 + 127.5 * facing) * (length > 0)).movedim(0, -1))
-            case "edges":
+            case "binary":
                 shown = sample[0].float().sigmoid() if sample.is_floating_point() else sample[0].clamp(min=0).float()
                 return _bytes((255.0 * shown)[..., None].expand(-1, -1, 3))
             case "distribution":

@@ -47,7 +47,7 @@ class Recipe:
             "parts": "classes",
             "depth": "depth",
             "normals": "normals",
-            "edges": "edges",
+            "edges": "binary",
         }
         image = Column(joined.pop("image"), "image", MEAN, STD)
         targets = {name: Column(data, kinds[name]) for name, data in joined.items()}  # type: ignore[arg-type]

@@ -27,6 +27,8 @@ from sidetask_datasets.view import Colour, View
 # For each of train, validation and test: which of a source's splits it is taken from, and which samples of that.
 Parts = Mapping[str, tuple[str, slice]]
 Folder = str | os.PathLike[str]
+# Of the images of ImageNet, which pretrained encoders expect and which fit any photographs well enough.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, eq=False)

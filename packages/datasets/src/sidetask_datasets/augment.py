@@ -19,8 +19,8 @@ class Augmentation:
 
     A window of 1/scale of the height and width, at a random place, is enlarged to the full size: image bilinear, labels
     nearest, depth divided by the scale, disparity multiplied by it. A flip also negates the x component of normals. As
-    no scale is below 1, nothing is ever padded. Edges are enlarged as labels are, and so get as much wider. Tokens, whose patches
-    the window need not meet, are mixed bilinearly.
+    no scale is below 1, nothing is ever padded. Edges are enlarged as labels are, and so get as much wider. Tokens,
+    whose patches the window need not meet, are mixed bilinearly.
 
     Args:
         scales: one is drawn with equal probability. (1.0, 1.2, 1.5) in MTAN's and Auto-λ's NYUv2 protocol.

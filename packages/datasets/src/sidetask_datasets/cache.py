@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,9 +59,10 @@ def prepare(
 ) -> Cache:
     """Decode a dataset into a cache, or find the one that is there.
 
-    A cache is found by what decides its content: the dataset's reading rules and options, and the names, sizes and
-    times of change of its files. It is used only if its arrays have the checksums they were written with, else it is
-    made anew. Several processes may ask at once: one works, the others wait.
+    Every field has a folder of its own, so that asking for other fields later decodes these alone. It is found by what
+    decides its content: the dataset's reading rules and options, and the names, sizes and times of change of its files.
+    It is used only if its arrays have the checksums they were written with, else it is made anew. Several processes may
+    ask at once: one works, the others wait.
 
     Args:
         source: the files.
@@ -78,48 +79,65 @@ def prepare(
         raise DataErrors(source.problems)
     place = cache_folder(folder) / source.name
     place.mkdir(parents=True, exist_ok=True)
-    name = _digest(source.layout, str(source.root.resolve()))[:16]
-    chunks = dict(_chunks(source))
-    final = place / f"{name}-{_digest(chunks)[:16]}"
-    # The lock is on the dataset and its options, so that what an older state of the files left can be taken away.
-    with FileLock(place / f"{name}.lock"):
-        found = _opened(final, source, chunks)
-        if found is None:
-            shutil.rmtree(final, ignore_errors=True)
-            _build(source, chunks, place / f"{name}.part", final, jobs, progress)
-            for old in place.glob(f"{name}-*"):
-                if old != final:
-                    shutil.rmtree(old, ignore_errors=True)
-            found = _opened(final, source, chunks)
-        if found is None:
-            raise DataError(f"{final}: was written and cannot be read back")
-        return found
+    root = str(source.root.resolve())
+    with FileLock(place / f"{_digest(root)[:16]}.lock"):
+        units = {name: _unit(source.only(name), place, name, root) for name in source.fields}
+        found = {name: _opened(unit) for name, unit in units.items()}
+        missing = [units[name] for name, arrays in found.items() if arrays is None]
+        _build(source.name, missing, jobs, progress)
+        for unit in missing:
+            found[unit.name] = _opened(unit)
+            if found[unit.name] is None:
+                raise DataError(f"{unit.final}: was written and cannot be read back")
+    return Cache(
+        place, {split: {name: arrays[split] for name, arrays in found.items() if arrays} for split in source.splits}
+    )
 
 
-def _chunks(source: Source) -> Iterator[tuple[str, str]]:
-    """Some samples after the other, and what their files are."""
+@dataclass(frozen=True)
+class _Unit:
+    """One field of all samples: what is cached, or missing, as a whole."""
+
+    name: str
+    source: Source  # with this field alone
+    chunks: Mapping[str, str]  # some samples after the other: what their files are
+    part: Path  # while it is decoded
+    final: Path
+
+    @property
+    def field(self) -> Field:
+        return self.source.fields[self.name]
+
+    def path(self, folder: Path, split: str) -> Path:
+        return folder / f"{split}.npy"
+
+
+def _unit(source: Source, place: Path, name: str, root: str) -> _Unit:
+    chunks = {}
     for split, samples in source.splits.items():
         for start in range(0, len(samples), _CHUNK):
             stop = min(start + _CHUNK, len(samples))
-            yield f"{split} {start} {stop}", source.fingerprint(split, start, stop)
+            chunks[f"{split} {start} {stop}"] = source.fingerprint(split, start, stop)
+    # Apart from the files' state, so that what an older state of them left can be found and taken away.
+    stem = f"{name}-{_digest(source.layout, root)[:16]}"
+    return _Unit(name, source, chunks, place / f"{stem}.part", place / f"{stem}-{_digest(chunks)[:16]}")
 
 
-def _opened(folder: Path, source: Source, chunks: Mapping[str, str]) -> Cache | None:
-    """The cache in a folder, None if it is not there, not whole, or not of these files."""
-    index = _read_json(folder / _INDEX)
-    if index.get("format") != _FORMAT or index.get("layout") != source.layout or index.get("chunks") != dict(chunks):
+def _opened(unit: _Unit) -> dict[str, Tensor] | None:
+    """The arrays of a field, None if they are not there, not whole, or not of these files."""
+    index = _read_json(unit.final / _INDEX)
+    right = {"format": _FORMAT, "layout": unit.source.layout, "chunks": dict(unit.chunks)}
+    sums = index.get("checksums")
+    if any(index.get(key) != value for key, value in right.items()) or not isinstance(sums, dict):
         return None
-    arrays: dict[str, dict[str, Tensor]] = {}
-    for split, samples in source.splits.items():
-        arrays[split] = {}
-        for name, field in source.fields.items():
-            path = folder / _array_name(split, name)
-            array = _mapped(path, field, len(samples))
-            sums = index.get("checksums")
-            if array is None or not isinstance(sums, dict) or sums.get(path.name) != _checksum(path):
-                return None
-            arrays[split][name] = torch.from_numpy(array)
-    return Cache(folder, arrays)
+    arrays = {}
+    for split, samples in unit.source.splits.items():
+        path = unit.path(unit.final, split)
+        array = _mapped(path, unit.field, len(samples))
+        if array is None or sums.get(split) != _checksum(path):
+            return None
+        arrays[split] = torch.from_numpy(array)
+    return arrays
 
 
 def _mapped(path: Path, field: Field, count: int) -> NDArray[Any] | None:
@@ -132,106 +150,114 @@ def _mapped(path: Path, field: Field, count: int) -> NDArray[Any] | None:
     return array if right else None
 
 
-def _build(
-    source: Source, chunks: Mapping[str, str], part: Path, final: Path, jobs: int | None, progress: bool
-) -> None:
-    """Decode what is missing in the folder `part`, which becomes `final` when it is whole."""
-    state = _read_json(part / _DONE)
-    if state.get("layout") != source.layout:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        state = {"layout": source.layout, "chunks": {}}
-    for split, samples in source.splits.items():
-        for name, field in source.fields.items():
-            if _mapped(part / _array_name(split, name), field, len(samples)) is None:
-                _create(part / _array_name(split, name), field, len(samples))
-                state["chunks"] = {key: value for key, value in state["chunks"].items() if key.split()[0] != split}
-    missing = [chunk for chunk, files in chunks.items() if state["chunks"].get(chunk) != files]
-    total = sum(len(samples) for samples in source.splits.values())
+def _build(title: str, units: Sequence[_Unit], jobs: int | None, progress: bool) -> None:
+    """Decode what is missing in each unit's folder `part`, which becomes `final` when it is whole."""
+    states = {unit.name: _started(unit) for unit in units}
+    missing = [
+        (unit, chunk)
+        for unit in units
+        for chunk, files in unit.chunks.items()
+        if states[unit.name]["chunks"].get(chunk) != files
+    ]
+    total = sum(_length(chunk) for unit in units for chunk in unit.chunks)
+    done = total - sum(_length(chunk) for _, chunk in missing)
     problems: list[str] = []
-    sizes = {chunk: int(chunk.split()[2]) - int(chunk.split()[1]) for chunk in missing}
-    bar = tqdm(
-        total=total,
-        initial=total - sum(sizes.values()),
-        desc=source.name,
-        unit="sample",
-        disable=None if progress else True,
-    )
-    with bar:
-        for chunk, wrong in _decode_all(source, part, missing, jobs):
+    off = None if progress and total else True  # None: where standard error is no terminal
+    with tqdm(total=total, initial=done, desc=title, unit="file", disable=off) as bar:
+        for unit, chunk, wrong in _decode_all(missing, jobs):
             if wrong:
                 problems += wrong
             else:
-                state["chunks"][chunk] = chunks[chunk]
-                _write_json(part / _DONE, state)
-            bar.update(sizes[chunk])
+                states[unit.name]["chunks"][chunk] = unit.chunks[chunk]
+                _write_json(unit.part / _DONE, states[unit.name])
+            bar.update(_length(chunk))
     if problems:
-        raise DataErrors(sorted(problems))
-    names = [_array_name(split, name) for split in source.splits for name in source.fields]
-    sums = {name: _checksum(part / name) for name in names}
-    index = {"format": _FORMAT, "layout": source.layout, "root": str(source.root.resolve()), "chunks": dict(chunks)}
-    _write_json(part / _INDEX, {**index, "checksums": sums})
-    (part / _DONE).unlink()
-    part.rename(final)
+        raise DataErrors(sorted(set(problems)))
+    for unit in units:
+        sums = {split: _checksum(unit.path(unit.part, split)) for split in unit.source.splits}
+        index = {"format": _FORMAT, "layout": unit.source.layout, "chunks": dict(unit.chunks), "checksums": sums}
+        _write_json(unit.part / _INDEX, {**index, "root": str(unit.source.root.resolve())})
+        shutil.rmtree(unit.final, ignore_errors=True)
+        unit.part.rename(unit.final)
+        (unit.final / _DONE).unlink(missing_ok=True)
+        for old in unit.final.parent.glob(f"{unit.part.stem}-*"):
+            if old != unit.final:
+                shutil.rmtree(old, ignore_errors=True)
 
 
-def _decode_all(source: Source, part: Path, missing: list[str], jobs: int | None) -> Iterator[tuple[str, list[str]]]:
-    """Each chunk, when it is in its arrays, with what was wrong in it."""
+def _started(unit: _Unit) -> dict[str, Any]:
+    """What is done already of a unit; its folder is there, with an array for each split."""
+    state = _read_json(unit.part / _DONE)
+    if state.get("layout") != unit.source.layout or not isinstance(state.get("chunks"), dict):
+        shutil.rmtree(unit.part, ignore_errors=True)
+        unit.part.mkdir(parents=True)
+        state = {"layout": unit.source.layout, "chunks": {}}
+    for split, samples in unit.source.splits.items():
+        path = unit.path(unit.part, split)
+        if _mapped(path, unit.field, len(samples)) is None:
+            _create(path, unit.field, len(samples))
+            state["chunks"] = {key: value for key, value in state["chunks"].items() if key.split()[0] != split}
+    return state
+
+
+def _length(chunk: str) -> int:
+    _, start, stop = chunk.split()
+    return int(stop) - int(start)
+
+
+def _decode_all(missing: list[tuple[_Unit, str]], jobs: int | None) -> Iterator[tuple[_Unit, str, list[str]]]:
+    """Each chunk, when it is in its array, with what was wrong in it."""
     if jobs is None:
         # A process takes seconds to start.
         jobs = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
-        jobs = min(jobs, math.ceil(len(missing) / 16))
+        jobs = min(jobs, math.ceil(len(missing) / 32))
     if jobs <= 1:
-        for chunk in missing:
-            yield chunk, _decode(_only(source, chunk), part, chunk)
+        for unit, chunk in missing:
+            yield unit, chunk, _decode(_only(unit, chunk), chunk)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_decode, _only(source, chunk), part, chunk): chunk for chunk in missing}
+        futures = {pool.submit(_decode, _only(unit, chunk), chunk): (unit, chunk) for unit, chunk in missing}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                yield *futures[future], future.result()
         finally:
             for future in futures:
                 future.cancel()
 
 
-def _only(source: Source, chunk: str) -> Source:
-    """The source with the samples of one chunk, which is all that a process has to be sent."""
+def _only(unit: _Unit, chunk: str) -> _Unit:
+    """The unit with the samples of one chunk, which is all that a process has to be sent."""
     split, start, stop = chunk.split()
-    return replace(source, splits={split: list(source.splits[split][int(start) : int(stop)])})
+    samples = {split: list(unit.source.splits[split][int(start) : int(stop)])}
+    return replace(unit, source=replace(unit.source, splits=samples, problems=()), chunks={})
 
 
-def _decode(source: Source, part: Path, chunk: str) -> list[str]:
-    """Read the samples of a chunk into the arrays; what is wrong with them."""
+def _decode(unit: _Unit, chunk: str) -> list[str]:
+    """Read the samples of a chunk into their array; what is wrong with them."""
     split, start, _ = chunk.split()
-    problems = []
-    for name, field in source.fields.items():
-        array = numpy.load(part / _array_name(split, name), mmap_mode="r+", allow_pickle=False)
-        for index, sample in enumerate(source.splits[split], start=int(start)):
-            path = sample[name][0]
-            try:
-                value = field.read(*sample[name])
-                if value.shape != field.shape:
-                    raise DataError(f"{path}: expected shape {list(field.shape)}, found {list(value.shape)}")
-                if value.dtype != numpy.dtype(field.dtype):
-                    raise TypeError(f"{path}: the reader of {name!r} gave {value.dtype}, not {field.dtype}")
-                array[index] = value
-            except DataError as error:
-                problems.append(str(error))
-            except (OSError, ValueError, OverflowError, MemoryError, EOFError, SyntaxError) as error:
-                problems.append(f"{path}: cannot be read: {type(error).__name__}: {error}")
-        if isinstance(array, numpy.memmap):
-            array.flush()
+    field, problems = unit.field, []
+    array = numpy.load(unit.path(unit.part, split), mmap_mode="r+", allow_pickle=False)
+    for index, sample in enumerate(unit.source.splits[split], start=int(start)):
+        path = sample[unit.name][0]
+        try:
+            value = field.read(*sample[unit.name])
+            if value.shape != field.shape:
+                raise DataError(f"{path}: expected shape {list(field.shape)}, found {list(value.shape)}")
+            if value.dtype != numpy.dtype(field.dtype):
+                raise TypeError(f"{path}: the reader of {unit.name!r} gave {value.dtype}, not {field.dtype}")
+            array[index] = value
+        except DataError as error:
+            problems.append(str(error))
+        except (OSError, ValueError, OverflowError, MemoryError, EOFError, SyntaxError) as error:
+            problems.append(f"{path}: cannot be read: {type(error).__name__}: {error}")
+    if isinstance(array, numpy.memmap):
+        array.flush()
     return problems
 
 
 def _create(path: Path, field: Field, count: int) -> None:
     array = numpy.lib.format.open_memmap(path, "w+", numpy.dtype(field.dtype), (count, *field.shape))
     array.flush()
-
-
-def _array_name(split: str, name: str) -> str:
-    return f"{split}.{name}.npy"
 
 
 def _checksum(path: Path) -> int:

@@ -109,6 +109,15 @@ def check_switches(**switches: object) -> None:
             raise ValueError(f"{name} is true or false, found {value!r}")
 
 
+def check_size(size: Sequence[int] | None) -> tuple[int, int] | None:
+    """A height and a width in pixels as a pair, after checking that it is one; None stays."""
+    if size is None:
+        return None
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"size is a height and a width in pixels, found {size!r}")
+    return size[0], size[1]
+
+
 def check_counts(**counts: object) -> None:
     """Refuse a number of samples below 1, naming which."""
     for name, count in counts.items():

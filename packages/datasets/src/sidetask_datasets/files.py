@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
@@ -15,7 +13,6 @@ from PIL import Image
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _LONGEST = 200  # file systems end names at 255 bytes, and an ending follows
-_Item = TypeVar("_Item")
 _MODES = {"colour": ("RGB",), "vectors": ("RGB",), "bytes": ("L", "P"), "words": ("I;16", "I;16B", "I")}
 _WANTED = {"colour": "8-bit RGB", "vectors": "8-bit RGB", "bytes": "8-bit grey", "words": "16-bit grey"}
 
@@ -79,16 +76,20 @@ def check_apart(first: Path, ids: Iterable[str], second: Path, others: Iterable[
         raise DataError(f"{second}: {shared[0]!r} is also in {first} ({len(shared)} shared); splits must be disjoint")
 
 
-def check_present(paths: Sequence[Path]) -> None:
-    """Refuse missing files, all at once.
+def check_ids(path: Path, pixels: NDArray[Any], classes: int) -> None:
+    """Refuse a class id that has no name; 255 is unlabelled.
 
     Raises:
-        DataError: naming the first missing file and how many there are.
+        DataError: naming it.
     """
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        more = f" ({len(missing)} of {len(paths)} files are missing)" if len(missing) > 1 else ""
-        raise DataError(f"{missing[0]}: no such file{more}")
+    wrong = pixels[(pixels >= classes) & (pixels != 255)]
+    if wrong.size:
+        raise DataError(f"{path}: class id {wrong[0]}; there are {classes} classes, and 255 is unlabelled")
+
+
+def missing(paths: Iterable[Path]) -> list[str]:
+    """A problem for each path that is not that of a file; a link that leads nowhere or in a circle is none."""
+    return [f"{path}: no such file" for path in paths if not path.is_file()]
 
 
 def read_picture(
@@ -144,16 +145,3 @@ def picture_size(path: Path) -> tuple[int, int]:
             return picture.height, picture.width
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be decoded: {error}") from error
-
-
-def in_threads(work: Callable[[_Item], None], items: Iterable[_Item]) -> None:
-    """Do `work` for every item, several at a time; the first error is raised. Decoders leave Python's lock."""
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise

@@ -136,8 +136,8 @@ class DepthError(Metric):
     """Error of depth or disparity, pooled over all labelled pixels; lower is better.
 
     Args:
-        kind: "absolute", mean of abs(p − t) in the unit of the labels; "relative", mean of abs(p − t) / t; "rmse", root of
-            the mean square.
+        kind: "absolute", mean of abs(p − t) in the unit of the labels; "relative", mean of abs(p − t) / t; "rmse",
+            root of the mean square.
 
     Raises:
         ValueError: for another kind.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,10 @@ class Source:
     settings: Mapping[str, Any] = field(default_factory=dict)
     version: int = 1
     problems: Sequence[str] = ()
+
+    def only(self, *fields: str) -> Source:
+        """The same samples with some of their fields."""
+        return replace(self, fields={name: self.fields[name] for name in fields})
 
     @property
     def layout(self) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 # First, because torchmetrics, which everything below needs, imports torchvision.
 from sidetask_datasets import _torchvision  # noqa: F401
 from sidetask_datasets.augment import Augmentation
+from sidetask_datasets.celeba import celeba
+from sidetask_datasets.cifar100_domains import cifar100_domains
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset
 from sidetask_datasets.digits import digits
@@ -24,6 +26,8 @@ __all__ = [
     "ResidentSplit",
     "Split",
     "View",
+    "celeba",
+    "cifar100_domains",
     "digits",
     "frames",
     "gallery",

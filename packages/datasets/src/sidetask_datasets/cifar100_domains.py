@@ -219,9 +219,7 @@ def _read_binary(path: Path, count: int) -> _Images:
     try:
         found = path.stat().st_size
         if found != size:
-            raise DataError(
-                f"{path}: expected {count} images of {_PIXELS + 2} bytes, {size} in all; found {found} bytes"
-            )
+            raise DataError(f"{path}: expected {size} bytes, {count} images of {_PIXELS + 2}; found {found}")
         records = numpy.fromfile(path, numpy.uint8).reshape(count, _PIXELS + 2)
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):

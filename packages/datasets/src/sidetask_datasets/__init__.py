@@ -16,6 +16,7 @@ from sidetask_datasets.pseudo import pseudo, pseudo_label, thresholded, with_pse
 from sidetask_datasets.scenes import scenes
 from sidetask_datasets.split import ResidentSplit, Split
 from sidetask_datasets.view import View, gallery, palette
+from sidetask_datasets.virtual_kitti import virtual_kitti
 
 __all__ = [
     "Augmentation",
@@ -36,6 +37,7 @@ __all__ = [
     "pseudo_label",
     "scenes",
     "thresholded",
+    "virtual_kitti",
     "with_noise",
     "with_pseudo",
 ]

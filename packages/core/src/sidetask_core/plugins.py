@@ -26,7 +26,7 @@ _HOMES = {
         "sidetask-saal": "saal-e saal-w saal-ew",
         "sidetask-classwise": "classwise",
     },
-    "datasets": {"sidetask-datasets": "scenes digits frames pseudo"},
+    "datasets": {"sidetask-datasets": "cityscapes digits frames nyuv2 pseudo scenes"},
     "networks": {"sidetask-bench": "small deeplabv3 unet"},
 }
 

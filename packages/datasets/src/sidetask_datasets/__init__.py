@@ -5,6 +5,7 @@ from sidetask_datasets import _torchvision  # noqa: F401
 from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.celeba import celeba
 from sidetask_datasets.cifar100_domains import cifar100_domains
+from sidetask_datasets.cityscapes import cityscapes
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset
 from sidetask_datasets.digits import digits
@@ -12,6 +13,7 @@ from sidetask_datasets.files import DataError
 from sidetask_datasets.frames import frames
 from sidetask_datasets.joined import JoinedSplit
 from sidetask_datasets.noise import with_noise
+from sidetask_datasets.nyuv2 import nyuv2
 from sidetask_datasets.pseudo import pseudo, pseudo_label, thresholded, with_pseudo
 from sidetask_datasets.scenes import scenes
 from sidetask_datasets.split import ResidentSplit, Split
@@ -29,9 +31,11 @@ __all__ = [
     "View",
     "celeba",
     "cifar100_domains",
+    "cityscapes",
     "digits",
     "frames",
     "gallery",
+    "nyuv2",
     "palette",
     "pseudo",
     "pseudo_label",

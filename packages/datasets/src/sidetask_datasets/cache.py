@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,9 @@ def prepare(
     Args:
         source: the files.
         folder: where caches are kept, see `cache_folder`.
-        jobs: processes that decode; None: one per core, or none beside this one where there is little to do.
+        jobs: processes that decode. They import the main module, which has to be one that does nothing when it is
+            imported; so the default, None, is threads in this process, which share most of the work: decoders leave
+            Python's lock.
         progress: show a bar while decoding, if standard error is a terminal.
 
     Raises:
@@ -207,15 +208,16 @@ def _length(chunk: str) -> int:
 
 def _decode_all(missing: list[tuple[_Unit, str]], jobs: int | None) -> Iterator[tuple[_Unit, str, list[str]]]:
     """Each chunk, when it is in its array, with what was wrong in it."""
-    if jobs is None:
-        # A process takes seconds to start.
-        jobs = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
-        jobs = min(jobs, math.ceil(len(missing) / 32))
-    if jobs <= 1:
+    if jobs == 1:
         for unit, chunk in missing:
             yield unit, chunk, _decode(_only(unit, chunk), chunk)
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    pool: Executor
+    if jobs is None:
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    else:
+        pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    with pool:
         futures = {pool.submit(_decode, _only(unit, chunk), chunk): (unit, chunk) for unit, chunk in missing}
         try:
             for future in as_completed(futures):

@@ -14,6 +14,7 @@ from sidetask_datasets.frames import frames
 from sidetask_datasets.joined import JoinedSplit
 from sidetask_datasets.noise import with_noise
 from sidetask_datasets.nyuv2 import nyuv2
+from sidetask_datasets.pascal_context import pascal_context
 from sidetask_datasets.pseudo import pseudo, pseudo_label, thresholded, with_pseudo
 from sidetask_datasets.scenes import scenes
 from sidetask_datasets.split import ResidentSplit, Split
@@ -37,6 +38,7 @@ __all__ = [
     "gallery",
     "nyuv2",
     "palette",
+    "pascal_context",
     "pseudo",
     "pseudo_label",
     "scenes",

@@ -85,7 +85,8 @@ def collect(comparison: Comparison, samples: int | None = None) -> Gallery:
         for index in indices:
             batch = dataset.test[index]
             for task in dataset.tasks:
-                if task.name not in model.heads:
+                # Not trained here, or of a domain that has fewer samples.
+                if task.name not in model.heads or batch.input_of(task) is None:
                     continue
                 if (index, task.name) not in strips:
                     strips[index, task.name] = _start(dataset, task, batch, index)

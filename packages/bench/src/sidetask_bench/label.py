@@ -65,6 +65,8 @@ def label(
         raise ExperimentError(
             f"{run}: its network sees images {list(dataset.input_shape)}, those to label are {list(images.input_shape)}"
         )
+    if any(one.input is not None for one in images.tasks):
+        raise ExperimentError(f"{images.name}: every task has images of its own; there are none to label for all")
     device = find_device(config.training.device)
     model = model.to(device)
 

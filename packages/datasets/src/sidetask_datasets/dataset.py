@@ -49,8 +49,9 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, ``(C, H, W)``."""
-        return tuple(self.validation[0].inputs.shape[1:])
+        """Shape of one input, ``(C, H, W)``; where tasks have inputs of their own, these are of one shape."""
+        inputs = self.validation[0].inputs
+        return tuple((next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs).shape[1:])
 
     def show_input(self, sample: Tensor) -> Pixels:
         """The picture of one input ``[C, H, W]`` as it is in a batch: ``[H, W, 3]`` uint8."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,31 +10,21 @@ import numpy
 from numpy.typing import NDArray
 
 from sidetask_datasets.files import DataError
+from sidetask_datasets.mat5 import parse
 
 _BROKEN = (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, MemoryError, RuntimeError)
 
 
-def read_mat(path: Path) -> dict[str, Any]:
-    """The variables of a file of version 5, as scipy gives them.
+def read_mat(path: Path) -> dict[str, NDArray[Any]]:
+    """The variables of a file of version 5, see `mat5.parse`.
 
     Raises:
         DataError: if it is not there, is of another version or cannot be read.
     """
-    from scipy.io import loadmat  # here, because it is slow to import
-
     try:
-        with path.open("rb") as file:
-            header = file.read(128)
-            # Version 4, which has no header, and 7.3, which is HDF5, are not for the reader below.
-            if not header.startswith(b"MATLAB 5.0 MAT-file") or header[126:128] not in (b"IM", b"MI"):
-                raise DataError(f"{path}: is no MATLAB file of version 5")
-            file.seek(0)
-            found: dict[str, Any] = loadmat(file)
-    except DataError:
-        raise
-    except (*_BROKEN, NotImplementedError, zlib.error, struct.error) as error:
-        raise DataError(f"{path}: cannot be read as a MATLAB file: {error}") from error
-    return {name: value for name, value in found.items() if not name.startswith("__")}
+        return parse(path.read_bytes())
+    except (OSError, ValueError, MemoryError) as error:
+        raise DataError(f"{path}: cannot be read as a MATLAB file of version 5: {error}") from error
 
 
 def read_vectors(path: Path) -> dict[str, NDArray[numpy.int64]]:

@@ -46,6 +46,8 @@ def with_noise(dataset: Dataset, seed: int = 0) -> Dataset:
     check_seed(seed)
     if not dataset.dense:
         raise ValueError(f"dataset {dataset.name!r} labels whole images; noise is for datasets that label pixels")
+    if any(task.input is not None for task in dataset.tasks):
+        raise ValueError(f"dataset {dataset.name!r} has an input for every task; noise is for one that all tasks share")
     if NAME in (task.name for task in dataset.tasks):
         raise ValueError(f"dataset {dataset.name!r} has a task {NAME!r} already")
 

@@ -38,7 +38,13 @@ class Split(ABC):
 
     @abstractmethod
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
-        """The samples `ids` (``[n]`` int64 on the split's device), augmented for this seed and epoch if asked."""
+        """The samples `ids`, rows of `order`, augmented for this seed and epoch if asked."""
+
+    def order(self, *, seed: int, epoch: int, shuffle: bool) -> Tensor:
+        """What `make` is given for each place of an epoch, in order: the ids ``[len(self)]`` int64 on the device."""
+        if shuffle:
+            return draws.permutation(draws.key(seed, "order", epoch), len(self), self.device)
+        return torch.arange(len(self), device=self.device)
 
     def with_targets(self, targets: Mapping[str, Column]) -> Split:
         """The same samples with further targets, which are augmented with them.
@@ -72,7 +78,8 @@ class Split(ABC):
         outside = ids[(ids < -len(self)) | (ids >= len(self))]
         if outside.numel():
             raise IndexError(f"sample {int(outside[0])} is out of range for a split of {len(self)} samples")
-        return self.make((ids % max(len(self), 1)).to(self.device), seed=0, epoch=0, augment=False)
+        order = self.order(seed=0, epoch=0, shuffle=False)
+        return self.make(order[(ids % max(len(self), 1)).to(order.device)], seed=0, epoch=0, augment=False)
 
     def count(self, batch_size: int, *, drop_last: bool = True) -> int:
         """Number of batches in an epoch.
@@ -130,9 +137,7 @@ class Split(ABC):
             raise ValueError(f"start is between 0 and the epoch's {number} batches, found {start}")
 
         def deal() -> Iterator[Batch]:
-            order = torch.arange(len(self), device=self.device)
-            if shuffle:
-                order = draws.permutation(draws.key(seed, "order", epoch), len(self), self.device)
+            order = self.order(seed=seed, epoch=epoch, shuffle=shuffle)
             for index in range(start, number):
                 ids = order[index * batch_size : (index + 1) * batch_size]
                 share = ids[len(ids) * rank // world : len(ids) * (rank + 1) // world]

@@ -27,8 +27,8 @@ _HOMES = {
         "sidetask-classwise": "classwise",
     },
     "datasets": {
-        "sidetask-datasets": "celeba cifar100_domains cityscapes digits frames nyuv2 pascal_context pseudo rlbench scenes "
-        "virtual_kitti"
+        "sidetask-datasets": "celeba cifar100_domains cityscapes digits frames nyuv2 pascal_context pseudo "
+        "rlbench scenes virtual_kitti"
     },
     "networks": {"sidetask-bench": "small deeplabv3 unet"},
 }

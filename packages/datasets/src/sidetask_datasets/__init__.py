@@ -16,8 +16,10 @@ from sidetask_datasets.noise import with_noise
 from sidetask_datasets.nyuv2 import nyuv2
 from sidetask_datasets.pascal_context import pascal_context
 from sidetask_datasets.pseudo import pseudo, pseudo_label, thresholded, with_pseudo
+from sidetask_datasets.samples import Samples
 from sidetask_datasets.scenes import scenes
 from sidetask_datasets.split import ResidentSplit, Split
+from sidetask_datasets.streamed import StreamedSplit
 from sidetask_datasets.view import View, gallery, palette
 from sidetask_datasets.virtual_kitti import virtual_kitti
 
@@ -29,7 +31,9 @@ __all__ = [
     "Dataset",
     "JoinedSplit",
     "ResidentSplit",
+    "Samples",
     "Split",
+    "StreamedSplit",
     "View",
     "celeba",
     "cifar100_domains",

@@ -160,7 +160,7 @@ def read_splits(
     for name, (pool, rows) in parts.items():
         columns = {key: field.column(arrays[pool][key][rows]) for key, field in source.fields.items()}
         image = columns.pop(inputs)
-        splits[name] = ResidentSplit(image, columns, augmentation if name == "train" else None).to(device)
+        splits[name] = ResidentSplit(image, columns, augmentation if name == "train" else None).resident(device)
     return splits
 
 
@@ -187,14 +187,14 @@ def read_dataset(
         noise: add the task "noise", see `with_noise`.
         seed: of the noise.
         cache: where caches are kept, see `cache.cache_folder`.
-        device: where the samples live.
+        device: where batches appear, see `Dataset.to`.
 
     Raises:
         DataErrors: see `cache.prepare`.
         DataError: naming an empty split.
     """
     image = source.fields["image"]
-    splits = read_splits(source, parts, augmentation=augmentation, cache=cache, device=device)
+    splits = read_splits(source, parts, augmentation=augmentation, cache=cache)
     data = Dataset(
         name=source.name,
         tasks=tuple(target.task for target in targets),
@@ -206,4 +206,4 @@ def read_dataset(
         input_view=View("image", mean=tuple(image.mean), std=tuple(image.std)),
         dense=dense,
     )
-    return with_noise(data, seed) if noise else data
+    return (with_noise(data, seed) if noise else data).to(device)

@@ -80,7 +80,10 @@ class Column:
 
     def read(self, ids: Tensor) -> Tensor:
         """The samples `ids` (``[n]``, on the column's device) as a batch has them."""
-        rows = self.data.index_select(0, ids)
+        return self.expand(self.data.index_select(0, ids))
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """Rows of the stored tensor, on any device, as a batch has them."""
         match self.kind:
             case "image":
                 return standardise(rows, self.mean, self.std)

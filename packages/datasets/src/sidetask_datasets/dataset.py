@@ -57,11 +57,22 @@ class Dataset:
         """The picture of one input ``[C, H, W]`` as it is in a batch: ``[H, W, 3]`` uint8."""
         return self.input_view.image(sample)
 
-    def to(self, device: torch.device | str) -> Dataset:
-        """The same dataset with its samples on `device`; metrics stay where they are."""
-        return replace(
-            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
-        )
+    def to(self, device: torch.device | str, memory: int | None = None) -> Dataset:
+        """The same dataset with its samples on `device`; metrics stay where they are.
+
+        Args:
+            device: where batches appear.
+            memory: so many bytes of the device are for samples: first train, then validation and test live there if
+                they fit into what is left, and are streamed batch by batch if not. None: half of what is free on a CUDA
+                device; on any other there is no limit.
+        """
+        if memory is None and torch.device(device).type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0] // 2
+        splits = {}
+        for name in ("train", "validation", "test"):
+            splits[name] = getattr(self, name).to(device, memory)
+            memory = None if memory is None else memory - splits[name].nbytes
+        return replace(self, **splits)
 
 
 def choose(kind: str, asked: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -27,7 +27,7 @@ from sidetask_datasets import draws, tasks
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
 from sidetask_datasets.files import DataError
-from sidetask_datasets.split import ResidentSplit
+from sidetask_datasets.split import ResidentSplit, Split
 from sidetask_datasets.view import View
 
 TASKS = ("top_left", "bottom_right")
@@ -111,7 +111,7 @@ def digits(
 
 
 def _assemble(
-    names: Sequence[str], wanted: frozenset[str], splits: dict[str, ResidentSplit], classes: tuple[str, ...], view: View
+    names: Sequence[str], wanted: frozenset[str], splits: Mapping[str, Split], classes: tuple[str, ...], view: View
 ) -> Dataset:
     return Dataset(
         name="digits",

@@ -73,11 +73,15 @@ class JoinedSplit(Split):
     @property
     def nbytes(self) -> int:
         """Bytes at rest of all parts together."""
-        return sum(getattr(part, "nbytes", 0) for part in self.parts.values())
+        return sum(part.nbytes for part in self.parts.values())
 
-    def to(self, device: torch.device | str) -> JoinedSplit:
-        """The same samples on `device`."""
-        return JoinedSplit({domain: part.to(device) for domain, part in self.parts.items()})
+    def to(self, device: torch.device | str, memory: int | None = None) -> JoinedSplit:
+        """The same samples on `device`; those parts are streamed for which no memory is left."""
+        parts = {}
+        for domain, part in self.parts.items():
+            parts[domain] = part.to(device, memory)
+            memory = None if memory is None else memory - parts[domain].nbytes
+        return JoinedSplit(parts)
 
     def order(self, *, seed: int, epoch: int, shuffle: bool) -> Tensor:
         """Ids ``[len(self), parts]`` int64, on the CPU: what is there is asked for each batch, and must not wait.

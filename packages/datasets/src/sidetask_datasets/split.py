@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from sidetask_core import Batch
@@ -32,9 +32,14 @@ class Split(ABC):
     def device(self) -> torch.device:
         """Where batches appear."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes at rest on the split's device; 0 where samples are made or fetched as they are needed."""
+        return 0
+
     @abstractmethod
-    def to(self, device: torch.device | str) -> Split:
-        """The same samples on `device`."""
+    def to(self, device: torch.device | str, memory: int | None = None) -> Split:
+        """The same samples on `device`; streamed there batch by batch if they take more than `memory` bytes."""
 
     @abstractmethod
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
@@ -136,15 +141,20 @@ class Split(ABC):
         if not 0 <= start <= number:
             raise ValueError(f"start is between 0 and the epoch's {number} batches, found {start}")
 
-        def deal() -> Iterator[Batch]:
+        def shares() -> Iterator[Tensor]:
             order = self.order(seed=seed, epoch=epoch, shuffle=shuffle)
             for index in range(start, number):
                 ids = order[index * batch_size : (index + 1) * batch_size]
                 share = ids[len(ids) * rank // world : len(ids) * (rank + 1) // world]
                 if len(share):
-                    yield self.make(share, seed=seed, epoch=epoch, augment=augment)
+                    yield share
 
-        return deal()
+        return self.deal(shares(), seed=seed, epoch=epoch, augment=augment)
+
+    def deal(self, shares: Iterable[Tensor], *, seed: int, epoch: int, augment: bool) -> Iterator[Batch]:
+        """What `make` makes of one share of ids after the other."""
+        for ids in shares:
+            yield self.make(ids, seed=seed, epoch=epoch, augment=augment)
 
 
 class ResidentSplit(Split):
@@ -191,8 +201,16 @@ class ResidentSplit(Split):
         """Bytes at rest of all samples together."""
         return self.inputs.nbytes + sum(column.nbytes for column in self.targets.values())
 
-    def to(self, device: torch.device | str) -> ResidentSplit:
-        """The same samples on `device`."""
+    def to(self, device: torch.device | str, memory: int | None = None) -> Split:
+        """The same samples on `device`, see `Split.to`."""
+        if memory is not None and self.nbytes > memory:
+            from sidetask_datasets.streamed import StreamedSplit  # here, because it imports this module
+
+            return StreamedSplit(self.resident("cpu"), device)
+        return self.resident(device)
+
+    def resident(self, device: torch.device | str) -> ResidentSplit:
+        """The same samples on `device`, whatever they take."""
         targets = {name: column.to(device) for name, column in self.targets.items()}
         return ResidentSplit(self.inputs.to(device), targets, self.augmentation)
 
@@ -206,8 +224,20 @@ class ResidentSplit(Split):
 
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
         """The samples `ids`, read and augmented on the device."""
-        inputs = self.inputs.read(ids)
-        targets = {name: column.read(ids) for name, column in self.targets.items()}
+        inputs, targets = self.gather(ids)
+        return self.finish(inputs, targets, ids, seed=seed, epoch=epoch, augment=augment)
+
+    def gather(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Inputs and targets of the samples `ids` as they are stored."""
+        targets = {name: column.data.index_select(0, ids) for name, column in self.targets.items()}
+        return self.inputs.data.index_select(0, ids), targets
+
+    def finish(
+        self, inputs: Tensor, targets: dict[str, Tensor], ids: Tensor, *, seed: int, epoch: int, augment: bool
+    ) -> Batch:
+        """The batch of what `gather` gave for `ids`, on any device that all of it is on."""
+        inputs = self.inputs.expand(inputs)
+        targets = {name: self.targets[name].expand(rows) for name, rows in targets.items()}
         if augment and self.augmentation is not None:
             kinds = {name: column.kind for name, column in self.targets.items()}
             numbers = draws.uniform(draws.key(seed, "augment", epoch), ids, self.augmentation.draws)

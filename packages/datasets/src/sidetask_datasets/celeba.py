@@ -119,14 +119,14 @@ def celeba(
     labels = _labels(_layout(Path(root))[0])
     view = View("label", classes=("no", "yes"))
     targets = [Target(task_kinds.classification(name, 2, name in wanted), 2, view) for name in names]
-    data = read_dataset(source, targets, dense=False, cache=cache, device=device)
+    data = read_dataset(source, targets, dense=False, cache=cache)
     places = {name: ATTRIBUTES.index(name) for name in names}
     splits = {}
     for split in _SPLITS:
         rows = torch.from_numpy(numpy.stack([labels[sample["image"][0].name] for sample in source.splits[split]]))
-        columns = {name: Column(rows[:, place].contiguous(), "label").to(device) for name, place in places.items()}
+        columns = {name: Column(rows[:, place].contiguous(), "label") for name, place in places.items()}
         splits[split] = getattr(data, split).with_targets(columns)
-    return replace(data, **splits)
+    return replace(data, **splits).to(device)
 
 
 def celeba_source(root: Folder, *, size: Sequence[int] | None = (64, 64), share: float = 0.1) -> Source:

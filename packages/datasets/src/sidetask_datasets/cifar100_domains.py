@@ -115,7 +115,7 @@ def cifar100_domains(
         tasks=tuple(
             replace(task_kinds.classification(name, CLASSES, primary=name in wanted), input=name) for name in names
         ),
-        train=joined(read.train, {name: ids[:-validation] for name, ids in order.items()}, Augmentation((1.0,))),
+        train=joined(read.train, {name: ids[:-validation] for name, ids in order.items()}, Augmentation((1.0,), pad=4)),
         validation=joined(read.train, {name: ids[-validation:] for name, ids in order.items()}, None),
         test=joined(read.test, test, None),
         outputs=dict.fromkeys(names, CLASSES),

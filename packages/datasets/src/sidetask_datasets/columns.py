@@ -121,14 +121,14 @@ _STORED: dict[str, tuple[int, tuple[torch.dtype, ...]]] = {
 
 
 def standardise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 ``[..., C, H, W]`` to float32 (value / 255 − mean) / std."""
-    scaled = image.to(torch.float32).div_(255.0)
-    if not mean and not std:
-        return scaled
+    """Values 0 to 255, ``[..., C, H, W]``, to float32 (value / 255 − mean) / std."""
+    values = image.to(torch.float32)
+    if values is image:
+        values = values.clone()
     channels = image.shape[-3]
-    shift = scaled.new_tensor(mean or (0.0,) * channels).view(-1, 1, 1)
-    scale = scaled.new_tensor(std or (1.0,) * channels).view(-1, 1, 1)
-    return scaled.sub_(shift).div_(scale)
+    scale = values.new_tensor(std or (1.0,) * channels).view(-1, 1, 1)
+    shift = values.new_tensor(mean or (0.0,) * channels).view(-1, 1, 1)
+    return values.mul_(1.0 / (255.0 * scale)).sub_(shift / scale)
 
 
 def lengths(vectors: Tensor) -> Tensor:

@@ -236,10 +236,11 @@ class ResidentSplit(Split):
         self, inputs: Tensor, targets: dict[str, Tensor], ids: Tensor, *, seed: int, epoch: int, augment: bool
     ) -> Batch:
         """The batch of what `gather` gave for `ids`, on any device that all of it is on."""
-        inputs = self.inputs.expand(inputs)
-        targets = {name: self.targets[name].expand(rows) for name, rows in targets.items()}
-        if augment and self.augmentation is not None:
-            kinds = {name: column.kind for name, column in self.targets.items()}
-            numbers = draws.uniform(draws.key(seed, "augment", epoch), ids, self.augmentation.draws)
-            inputs, targets = self.augmentation(inputs, targets, kinds, numbers)
-        return Batch(inputs, targets)
+        columns = self.targets
+        if not augment or self.augmentation is None:
+            expanded = {name: columns[name].expand(rows) for name, rows in targets.items()}
+            return Batch(self.inputs.expand(inputs), expanded)
+        numbers = draws.uniform(draws.key(seed, "augment", epoch), ids, self.augmentation.draws)
+        motion = self.augmentation.motion(numbers, (inputs.shape[-2], inputs.shape[-1]))
+        moved = {name: motion.target(columns[name], rows) for name, rows in targets.items()}
+        return Batch(self.inputs.expand(motion.image(inputs)), moved)

@@ -1,6 +1,10 @@
 """Demonstrations in RLBench's folders, tiny, sound and hostile."""
 
 import pickle
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -221,3 +225,27 @@ def test_damaged_arrays_are_data_errors_whatever_the_damage(tree):
         except DataError:
             errors += 1
     assert errors > 30
+
+
+def test_the_script_of_the_page_writes_what_is_read(tmp_path, monkeypatch):
+    page = Path(__file__).parents[3] / "docs" / "datasets" / "rlbench.md"
+    if not page.exists():
+        pytest.skip("the documents are not here")
+    (script,) = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for number in range(3):
+        folder = tmp_path / "reach_target" / "variation0" / "episodes" / f"episode{number}"
+        write_episode(folder, number, 3)
+        (folder / "state.npy").unlink()
+        (folder / "action.npy").unlink()
+        steps = [
+            SimpleNamespace(joint_positions=numpy.full(7, float(i)), joint_velocities=numpy.ones(7), gripper_open=1.0)
+            for i in range(3)
+        ]
+        (folder / "low_dim_obs.pkl").write_bytes(pickle.dumps(steps))
+    fails(tmp_path, "is not opened", tasks=["reach_target"])
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path)])
+    exec(compile(script, "export.py", "exec"), {})
+    data = rlbench(tmp_path, ["reach_target"], size=None)
+    assert data.outputs == {"reach_target": 8}
+    assert data.input_shape == (3 + 8, *SIZE)
+    assert data.test.parts["reach_target"][:].targets["reach_target"].tolist() == [[1.0] * 8] * 3

@@ -4,7 +4,9 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from sidetask_datasets import DataError
+from sidetask_datasets import DataError, cache
+from sidetask_datasets.adapter import find_source
+from sidetask_datasets.cache import prepare
 from sidetask_datasets.celeba import ATTRIBUTES, TASKS, celeba, celeba_source
 
 SPLITS = [0] * 20 + [1] * 10 + [2] * 5
@@ -163,3 +165,10 @@ def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
     assert not calls
     assert len(celeba(tmp_path, size=(4, 4), download=True).test) == 5
     assert calls == [(str(tmp_path), "all", True)]
+
+
+def test_what_was_prepared_is_not_decoded_again(tree, monkeypatch):
+    options = {"size": (4, 4), "share": 1.0, "primary": ["Bald"]}
+    prepare(find_source(celeba, tree[0], options))
+    monkeypatch.setattr(cache, "_decode", None)
+    assert len(celeba(tree[0], **options).train)

@@ -10,7 +10,9 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from sidetask_datasets import DataError, View
+from sidetask_datasets import DataError, View, cache
+from sidetask_datasets.adapter import find_source
+from sidetask_datasets.cache import prepare
 from sidetask_datasets.rlbench import TASKS, StateSplit, rlbench, rlbench_source
 
 SIZE = (6, 8)
@@ -249,3 +251,21 @@ def test_the_script_of_the_page_writes_what_is_read(tmp_path, monkeypatch):
     assert data.outputs == {"reach_target": 8}
     assert data.input_shape == (3 + 8, *SIZE)
     assert data.test.parts["reach_target"][:].targets["reach_target"].tolist() == [[1.0] * 8] * 3
+
+
+def test_what_was_prepared_is_not_decoded_again(tree, monkeypatch):
+    options = {**OPTIONS, "seed": 2, "loss": "mse", "cameras": ["wrist", "front"]}
+    prepare(find_source(rlbench, tree[0], options))
+    monkeypatch.setattr(cache, "_decode", None)
+    assert len(rlbench(tree[0], **options).train)
+
+
+def test_a_changed_picture_of_any_camera_is_decoded_again(tree):
+    root, _ = tree
+    options = {**OPTIONS, "cameras": ["front", "wrist"], "state": False}
+    before = rlbench(root, **options).test.parts["push_button"][:].inputs
+    for path in root.rglob("wrist_rgb/0.png"):
+        Image.fromarray(numpy.full((*SIZE, 3), 250, numpy.uint8)).save(path)
+    after = rlbench(root, **options).test.parts["push_button"][:].inputs
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert (before[:, 3:] != after[:, 3:]).any()

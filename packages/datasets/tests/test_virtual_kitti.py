@@ -6,7 +6,9 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from sidetask_datasets import DataError
+from sidetask_datasets import DataError, cache
+from sidetask_datasets.adapter import find_source
+from sidetask_datasets.cache import prepare
 from sidetask_datasets.virtual_kitti import CLASSES, COLOURS, FAR, read_encoding, virtual_kitti, virtual_kitti_source
 
 SIZE = (6, 10)
@@ -221,3 +223,10 @@ def test_a_damaged_encoding_is_a_data_error_whatever_the_damage(tmp_path):
         except DataError:
             errors += 1
     assert errors > 50
+
+
+def test_what_was_prepared_is_not_decoded_again(first, monkeypatch):
+    options = {"size": (3, 5), "seed": 3, "noise": True, "variations": ["clone"]}
+    prepare(find_source(virtual_kitti, first, options))
+    monkeypatch.setattr(cache, "_decode", None)
+    assert len(virtual_kitti(first, **options).train)

@@ -7,7 +7,7 @@ from PIL import Image
 from sidetask_datasets import DataError, cache
 from sidetask_datasets.adapter import find_source
 from sidetask_datasets.cache import prepare
-from sidetask_datasets.celeba import ATTRIBUTES, TASKS, celeba, celeba_source
+from sidetask_datasets.celeba import ATTRIBUTES, TASKS, _evenly, celeba, celeba_source
 
 SPLITS = [0] * 20 + [1] * 10 + [2] * 5
 
@@ -66,6 +66,15 @@ def test_a_tenth_of_train_and_validation_lies_evenly_and_the_test_split_is_whole
     assert [len(half.splits[split]) for split in ("train", "validation", "test")] == [10, 5, 5]
     with pytest.raises(ValueError, match="share is above 0 and at most 1, found 0"):
         celeba(tree[0], share=0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.29, 0.3, 0.7, 1 / 3, 1.0])
+def test_a_share_is_neither_more_nor_less(share):
+    names = [str(index) for index in range(16277)]
+    chosen = [int(name) for name in _evenly(names, share)]
+    assert len(chosen) == int(16277 * share + 1e-9)
+    gaps = {b - a for a, b in zip(chosen, chosen[1:], strict=False)}
+    assert gaps <= {int(1 / share), int(1 / share) + 1}
 
 
 def test_every_attribute_is_a_task_of_two_classes(tree):

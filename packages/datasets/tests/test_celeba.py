@@ -4,8 +4,10 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from sidetask_datasets import DataError
-from sidetask_datasets.celeba import ATTRIBUTES, TASKS, celeba, celeba_source
+from sidetask_datasets import DataError, cache
+from sidetask_datasets.adapter import find_source
+from sidetask_datasets.cache import prepare
+from sidetask_datasets.celeba import ATTRIBUTES, TASKS, _evenly, celeba, celeba_source
 
 SPLITS = [0] * 20 + [1] * 10 + [2] * 5
 
@@ -66,6 +68,15 @@ def test_a_tenth_of_train_and_validation_lies_evenly_and_the_test_split_is_whole
         celeba(tree[0], share=0)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.29, 0.3, 0.7, 1 / 3, 1.0])
+def test_a_share_is_neither_more_nor_less(share):
+    names = [str(index) for index in range(16277)]
+    chosen = [int(name) for name in _evenly(names, share)]
+    assert len(chosen) == int(16277 * share + 1e-9)
+    gaps = {b - a for a, b in zip(chosen, chosen[1:], strict=False)}
+    assert gaps <= {int(1 / share), int(1 / share) + 1}
+
+
 def test_every_attribute_is_a_task_of_two_classes(tree):
     root, labels = tree
     data = celeba(root, ["Young", "Bald"], primary=["Young"], size=(8, 8), share=1.0)
@@ -114,11 +125,14 @@ def test_files_are_checked(tree):
     Image.fromarray(numpy.zeros((10, 12, 3), numpy.uint8)).save(folder / "000007.jpg")
     whole = (folder / "000008.jpg").read_bytes()
     (folder / "000008.jpg").write_bytes(whole[: len(whole) // 2])
-    fails(root, r"2 problems:\n.*000007\.jpg: expected 218×178 pixels, found 10×12\n.*000008\.jpg: cannot be decoded")
+    fails(
+        root,
+        r"000007\.jpg: expected 218×178 pixels, found 10×12 \(and 1 more problems\)\n.*000008\.jpg: cannot be decoded",
+    )
     (folder / "000007.jpg").unlink()
     (folder / "000008.jpg").unlink()
     (folder / "000008.jpg").symlink_to(folder / "000008.jpg")
-    fails(root, r"2 problems:\n.*000007\.jpg: no such file\n.*000008\.jpg: no such file")
+    fails(root, r"000007\.jpg: no such file \(and 1 more problems\)\n.*000008\.jpg: no such file")
     (root / "Anno" / "list_attr_celeba.txt").write_bytes(b"\xff\xfe\x00\n")
     fails(root, r"list_attr_celeba\.txt: cannot be read as text")
     (root / "Anno" / "list_attr_celeba.txt").write_text("3\nOne Two\n")
@@ -160,3 +174,10 @@ def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
     assert not calls
     assert len(celeba(tmp_path, size=(4, 4), download=True).test) == 5
     assert calls == [(str(tmp_path), "all", True)]
+
+
+def test_what_was_prepared_is_not_decoded_again(tree, monkeypatch):
+    options = {"size": (4, 4), "share": 1.0, "primary": ["Bald"]}
+    prepare(find_source(celeba, tree[0], options))
+    monkeypatch.setattr(cache, "_decode", None)
+    assert len(celeba(tree[0], **options).train)

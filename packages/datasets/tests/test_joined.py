@@ -152,3 +152,13 @@ def test_a_dataset_of_domains_knows_the_shape_of_its_inputs_and_takes_no_noise()
     assert data.to("cpu").input_shape == (3, 6, 8)
     with pytest.raises(ValueError, match="dataset 'toy' has an input for every task"):
         with_noise(replace(data, dense=True))
+
+
+def test_domains_that_take_too_much_memory_are_streamed():
+    split = joined(Augmentation())
+    room = split.parts["a"].nbytes
+    streamed = split.to("cpu", memory=room)
+    assert [part.nbytes for part in streamed.parts.values()] == [room, 0, 0]
+    for options in ({"seed": 2}, {"shuffle": False, "drop_last": False}):
+        pairs = zip(split.batches(4, **options), streamed.batches(4, **options), strict=True)
+        assert all(same(a, b) for a, b in pairs)

@@ -279,7 +279,7 @@ def test_hostile_lists_and_mappings_are_named(official, tmp_path):
     savemat(root / "splits.mat", {"trainNdxs": [1, 2, 5]})
     fails(r"splits\.mat: has no testNdxs")
     (root / "splits.mat").write_bytes(pickle.dumps({"trainNdxs": [1]}))
-    fails(r"splits\.mat: is no MATLAB file of version 5")
+    fails(r"splits\.mat: cannot be read as a MATLAB file of version 5")
     savemat(root / "splits.mat", {"trainNdxs": [1, 2, 5], "testNdxs": [3, 4]})
     savemat(root / "classMapping40.mat", {"mapClass": numpy.arange(17)})
     fails(r"classMapping40\.mat: expected one vector of 894 whole numbers, found 0")

@@ -6,7 +6,9 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from sidetask_datasets import DataError
+from sidetask_datasets import DataError, cache
+from sidetask_datasets.adapter import find_source
+from sidetask_datasets.cache import prepare
 from sidetask_datasets.virtual_kitti import CLASSES, COLOURS, FAR, read_encoding, virtual_kitti, virtual_kitti_source
 
 SIZE = (6, 10)
@@ -152,7 +154,7 @@ def test_missing_and_surplus_files_are_named(first):
     write(first / "vkitti_1.3.1_scenegt/0002/clone/00077.png", numpy.zeros((*SIZE, 3), numpy.uint8))
     fails(
         first,
-        r"2 problems:\n.*depthgt/0001/fog: has no frame 00003\n"
+        r"depthgt/0001/fog: has no frame 00003 \(and 1 more problems\)\n"
         r".*scenegt/0002/clone/00077\.png: there is no image of this frame",
     )
     (first / "vkitti_1.3.1_scenegt/0001_fog_scenegt_rgb_encoding.txt").unlink()
@@ -221,3 +223,10 @@ def test_a_damaged_encoding_is_a_data_error_whatever_the_damage(tmp_path):
         except DataError:
             errors += 1
     assert errors > 50
+
+
+def test_what_was_prepared_is_not_decoded_again(first, monkeypatch):
+    options = {"size": (3, 5), "seed": 3, "noise": True, "variations": ["clone"]}
+    prepare(find_source(virtual_kitti, first, options))
+    monkeypatch.setattr(cache, "_decode", None)
+    assert len(virtual_kitti(first, **options).train)

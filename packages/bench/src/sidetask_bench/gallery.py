@@ -175,6 +175,9 @@ def _legend(task: Task, view: View, truths: Sequence[Tensor]) -> Legend:
             return Legend("The likeliest class; black has no label.")
         case "binary":
             return Legend("White is what is sought; a prediction is as bright as its probability.")
+        case "vector":
+            low, high = view.limits
+            return Legend(f"A bar for each number, from {low:g} to {high:g}; up is above zero.")
         case _:
             return Legend("The class, as the network names it.")
 

@@ -16,6 +16,7 @@ from sidetask_datasets.noise import with_noise
 from sidetask_datasets.nyuv2 import nyuv2
 from sidetask_datasets.pascal_context import pascal_context
 from sidetask_datasets.pseudo import pseudo, pseudo_label, thresholded, with_pseudo
+from sidetask_datasets.rlbench import rlbench
 from sidetask_datasets.samples import Samples
 from sidetask_datasets.scenes import scenes
 from sidetask_datasets.split import ResidentSplit, Split
@@ -46,6 +47,7 @@ __all__ = [
     "pascal_context",
     "pseudo",
     "pseudo_label",
+    "rlbench",
     "scenes",
     "thresholded",
     "virtual_kitti",

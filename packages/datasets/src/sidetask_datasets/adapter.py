@@ -96,7 +96,7 @@ def find_source(factory: Callable[..., Dataset], root: Folder, options: Mapping[
     """
     find = getattr(sys.modules[factory.__module__], f"{factory.__name__}_source", None)
     if find is None:
-        raise ValueError(f"dataset {factory.__name__!r} is not read from files, so there is nothing to prepare")
+        raise ValueError(f"dataset {factory.__name__!r} decodes no files, so there is nothing to prepare")
     takes = [name for name in inspect.signature(factory).parameters if name != "root"]
     for name in options:
         if name not in takes:

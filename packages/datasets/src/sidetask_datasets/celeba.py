@@ -115,22 +115,31 @@ def celeba(
     check_switches(download=download)
     if download:
         _fetch(Path(root))
-    source = celeba_source(root, size=size, share=share)
-    labels = _labels(_layout(Path(root))[0])
+    source, labels = _find(root, size, share)
     view = View("label", classes=("no", "yes"))
     targets = [Target(task_kinds.classification(name, 2, name in wanted), 2, view) for name in names]
-    data = read_dataset(source, targets, dense=False, cache=cache, device=device)
+    data = read_dataset(source, targets, dense=False, cache=cache)
     places = {name: ATTRIBUTES.index(name) for name in names}
     splits = {}
     for split in _SPLITS:
         rows = torch.from_numpy(numpy.stack([labels[sample["image"][0].name] for sample in source.splits[split]]))
-        columns = {name: Column(rows[:, place].contiguous(), "label").to(device) for name, place in places.items()}
+        columns = {name: Column(rows[:, place].contiguous(), "label") for name, place in places.items()}
         splits[split] = getattr(data, split).with_targets(columns)
-    return replace(data, **splits)
+    return replace(data, **splits).to(device)
 
 
 def celeba_source(root: Folder, *, size: Sequence[int] | None = (64, 64), share: float = 0.1) -> Source:
     """The images of `celeba`, which says what the arguments are and what is raised."""
+    return _find(root, size, share)[0]
+
+
+def read_face(path: Path, *, shape: tuple[int, int]) -> NDArray[Any]:
+    """A photograph, ``[3, H, W]`` uint8."""
+    return read_picture(path, "colour", shape, ORIGINAL).transpose(2, 0, 1)
+
+
+def _find(root: Folder, size: Sequence[int] | None, share: float) -> tuple[Source, dict[str, NDArray[numpy.int16]]]:
+    """The images, and the labels of all of them by name."""
     shape = check_size(size) or ORIGINAL
     if not 0.0 < share <= 1.0:
         raise ValueError(f"share is above 0 and at most 1, found {share!r}")
@@ -138,17 +147,13 @@ def celeba_source(root: Folder, *, size: Sequence[int] | None = (64, 64), share:
     attributes, partition, folder = _layout(root)
     labels = _labels(attributes)
     lists = _partition(partition)
-    problems = [
-        f"{attributes}: has no line for {name}" for split in lists.values() for name in split if name not in labels
-    ]
-    listed = {name for split in lists.values() for name in split}
-    problems += [f"{attributes}: {name} is not in {partition.name}" for name in labels if name not in listed]
+    listed = {name for names in lists.values() for name in names}
+    problems = [f"{attributes}: has no line for {name}" for name in sorted(listed - labels.keys())]
+    problems += [f"{partition}: has no line for {name}" for name in sorted(labels.keys() - listed)]
     for split in ("train", "validation"):
-        lists[split] = [
-            name for index, name in enumerate(lists[split]) if int(index * share) < int((index + 1) * share + 1e-9)
-        ]
+        lists[split] = _evenly(lists[split], share)
     problems += missing(folder / name for split in lists.values() for name in split)
-    return Source(
+    source = Source(
         name="celeba",
         root=root,
         fields={"image": Field("image", (3, *shape), "uint8", partial(read_face, shape=shape), MEAN, STD)},
@@ -156,11 +161,14 @@ def celeba_source(root: Folder, *, size: Sequence[int] | None = (64, 64), share:
         settings={"size": shape},
         problems=problems,
     )
+    return source, labels
 
 
-def read_face(path: Path, *, shape: tuple[int, int]) -> NDArray[Any]:
-    """A photograph, ``[3, H, W]`` uint8."""
-    return read_picture(path, "colour", shape, ORIGINAL).transpose(2, 0, 1)
+def _evenly(names: Sequence[str], share: float) -> list[str]:
+    """That share of them: each at which its count, rounded down, grows."""
+    # The small number is for products such as 2.9999999999999996.
+    counts = [int(index * share + 1e-9) for index in range(len(names) + 1)]
+    return [name for index, name in enumerate(names) if counts[index] < counts[index + 1]]
 
 
 def _layout(root: Path) -> tuple[Path, Path, Path]:

@@ -107,7 +107,7 @@ def cifar100_domains(
     def joined(images: _Images, ids: Mapping[str, torch.Tensor], augmentation: Augmentation | None) -> JoinedSplit:
         return JoinedSplit(
             {name: _domain(images, name, read.fine[domains[name]], rows, augmentation) for name, rows in ids.items()}
-        ).to(device)
+        )
 
     test = {name: torch.from_numpy(numpy.flatnonzero(read.test.coarse == domain)) for name, domain in domains.items()}
     return Dataset(
@@ -125,7 +125,7 @@ def cifar100_domains(
         },
         input_view=View("image", mean=MEAN, std=STD),
         dense=False,
-    )
+    ).to(device)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,15 @@ def absolute(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target).abs()
 
 
+def squared(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared difference, element by element."""
+    _same_shape(prediction, target)
+    return (prediction.float() - target).square()
+
+
+REGRESSION = {"l1": absolute, "mse": squared}
+
+
 def direction(prediction: Tensor, eps: float = 1e-6) -> Tensor:
     """Vectors ``[N, 3, H, W]`` brought to length 1.
 

@@ -129,6 +129,21 @@ class AbsoluteError(Metric):
         return self.total / self.count
 
 
+class SquaredError(AbsoluteError):
+    """Mean squared error over all elements; lower is better. In double precision.
+
+    >>> metric = SquaredError()
+    >>> metric.update(torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.5]))
+    >>> metric.compute()
+    tensor(0.6250, dtype=torch.float64)
+    """
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add values of one shape."""
+        self.total += (prediction.double() - target.double()).square().sum()
+        self.count += target.numel()
+
+
 DepthKind = Literal["absolute", "relative", "rmse"]
 
 

@@ -93,11 +93,16 @@ class Source:
         digest = hashlib.sha256()
         for sample in self.splits[split][start:stop]:
             for name in self.fields:
-                path, *rest = sample[name]
-                try:
-                    about = Path(path).stat()
-                except OSError as error:
-                    raise DataError(f"{path}: {error.strerror or error}") from error
-                place = Path(path).relative_to(self.root) if Path(path).is_relative_to(self.root) else Path(path)
-                digest.update(repr((name, place.as_posix(), rest, about.st_size, about.st_mtime_ns)).encode())
+                digest.update(repr((name, [self._state(part) for part in sample[name]])).encode())
         return digest.hexdigest()
+
+    def _state(self, part: Any) -> Any:
+        """What tells a file from others, or from itself earlier or later; anything else is what it is."""
+        if not isinstance(part, Path):
+            return part
+        try:
+            about = part.stat()
+        except OSError as error:
+            raise DataError(f"{part}: {error.strerror or error}") from error
+        place = part.relative_to(self.root) if part.is_relative_to(self.root) else part
+        return place.as_posix(), about.st_size, about.st_mtime_ns

@@ -103,6 +103,27 @@ def saliency(name: str = "saliency", primary: bool = True) -> Task:
     )
 
 
+def regression(name: str, primary: bool = True, loss: str = "l1") -> Task:
+    """Numbers of an image, such as an action: mean absolute and mean squared error.
+
+    Args:
+        name: of the task.
+        primary: whether it is wanted for itself.
+        loss: "l1" or "mse".
+
+    Raises:
+        ValueError: for another loss.
+    """
+    if loss not in losses.REGRESSION:
+        raise ValueError(f"unknown loss of numbers {loss!r}; there are: {', '.join(losses.REGRESSION)}")
+    return Task(
+        name,
+        loss=losses.REGRESSION[loss],
+        metrics={"absolute": metrics.AbsoluteError(), "squared": metrics.SquaredError()},
+        primary=primary,
+    )
+
+
 def distribution(name: str, primary: bool = False) -> Task:
     """A distribution over classes for every image or patch: cross-entropy with it; agreement of the likeliest class."""
     return Task(

@@ -6,8 +6,8 @@
 Two settings, each with its usual augmentation: frames like NYUv2's (288×384, MTAN's arrays in single precision, scale,
 crop and flip of image, classes, depth and normals) and images like CIFAR's (32×32, pad, crop and flip). All are
 measured in turn in every round, after one round that is not counted, so that files are in the page cache and ours are
-decoded: what decoding takes, once, is reported beside. On a CUDA device the loader's batches are copied there, and the time of a
-batch is set against a step of a ResNet-50.
+decoded: what decoding takes, once, is reported beside. On a CUDA device the loader's batches are copied there, and the
+time of a batch is set against a step of a ResNet-50.
 """
 
 from __future__ import annotations

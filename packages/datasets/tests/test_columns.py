@@ -45,3 +45,13 @@ def test_a_tensor_of_another_kind_is_refused():
         Column(torch.zeros(1, 2, 2, dtype=torch.float64), "depth")
     with pytest.raises(ValueError, match=r"a column's kind is one of image, .* not 'thing'"):
         Column(torch.zeros(1), "thing")
+
+
+def test_depth_and_disparity_have_the_scale_of_their_column_or_none():
+    bits = torch.tensor([[[0, 1, 40000 - 65536]]], dtype=torch.int16)
+    read = Column(bits, "disparity", scale=1 / 1024).read(torch.tensor([0]))
+    torch.testing.assert_close(read.flatten(), torch.tensor([0.0, 1 / 1024, 40000 / 1024]))
+    values = torch.rand(2, 3, 4)
+    for kind in ("depth", "disparity"):
+        assert torch.equal(Column(values, kind).read(torch.tensor([1])), values[None, 1:])
+    assert torch.equal(Column(values[0], "vector").read(torch.tensor([2, 0])), values[0, [2, 0]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -144,12 +145,13 @@ class Motion:
             case "disparity":
                 return target * self.scale.view(-1, 1, 1, 1)
             case "normals":
-                x, y, z = target.split(1, dim=1)
                 if self.angle is not None:
+                    x, y, z = target.split(1, dim=1)
                     cos, sin = (f(self.angle).view(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
-                    x, y = cos * x - sin * y, sin * x + cos * y
-                sign = torch.where(self.flip, -1.0, 1.0).to(x.dtype).view(-1, 1, 1, 1)
-                return torch.cat([sign * x, y, z], dim=1)
+                    target = torch.cat([cos * x - sin * y, sin * x + cos * y, z], dim=1)
+                sign = torch.ones(len(target), 3, 1, 1, dtype=target.dtype, device=target.device)
+                sign[:, 0, 0, 0] = torch.where(self.flip, -1.0, 1.0).to(target.dtype)
+                return target * sign
             case _:
                 return target
 
@@ -170,29 +172,47 @@ class Motion:
         y, x = y - self.size[0] / 2, x - self.size[1] / 2
         return cos * y - sin * x + self.size[0] / 2, cos * x + sin * y + self.size[1] / 2
 
+    @cached_property
+    def _still(self) -> bool:
+        """Whether a lone image stays where it is, but for a flip; only on the CPU, where it costs nothing to ask."""
+        alone = len(self.scale) == 1 and self.scale.device.type == "cpu" and self.angle is None
+        return alone and not self.padded and float(self.scale) == 1.0
+
+    def _mirrored(self, image: Tensor) -> Tensor:
+        return image.flip(-1) if bool(self.flip) else image
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Row and column of the nearest pixel, and where it is outside the image, if any can be."""
+        height, width = self.size
+        y, x = (place.floor().long() for place in self._source(height, width))
+        outside = None
+        if self.angle is not None or self.padded:
+            outside = ((y < 0) | (y >= height) | (x < 0) | (x >= width)).unsqueeze(1)
+        return y.clamp_(0, height - 1), x.clamp_(0, width - 1), outside
+
     def _linear(self, image: Tensor) -> Tensor:
+        if self._still:
+            return self._mirrored(image)
         y, x = self._source(image.shape[-2], image.shape[-1])
         y, x = torch.broadcast_tensors(2.0 * y / self.size[0] - 1.0, 2.0 * x / self.size[1] - 1.0)
         grid = torch.stack([x, y], dim=-1).to(image.dtype)
         beyond = "border" if self.angle is None and not self.padded else "zeros"
         return functional.grid_sample(image, grid, mode="bilinear", padding_mode=beyond, align_corners=False)
 
-    def _nearest(self, target: Tensor, outside: int) -> Tensor:
+    def _nearest(self, target: Tensor, unlabelled: int) -> Tensor:
         """Of ``[n, H, W]`` or ``[n, C, H, W]``."""
-        height, width = self.size
-        y, x = (place.floor().long() for place in self._source(height, width))
-        inside = None
-        if self.angle is not None or self.padded:
-            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        y, x = y.clamp_(0, height - 1), x.clamp_(0, width - 1)
+        if self._still:
+            return self._mirrored(target)
+        y, x, outside = self._places
         wide = target if target.ndim == 4 else target.unsqueeze(1)
-        count, channels = wide.shape[:2]
-        if self.angle is None:
-            rows = wide.gather(2, y[:, None].expand(-1, channels, -1, width))
-            found = rows.gather(3, x[:, None].expand(-1, channels, height, -1))
+        count, channels, _, width = wide.shape
+        if self.angle is None and count == 1:
+            # Several times as fast as the general way on the CPU, and no slower elsewhere.
+            found = wide.index_select(2, y.view(-1)).index_select(3, x.view(-1))
         else:
             places = (y * width + x).view(count, 1, -1).expand(-1, channels, -1)
             found = wide.flatten(2).gather(2, places).view_as(wide)
-        if inside is not None:
-            found = found.masked_fill_(~inside[:, None], outside)
+        if outside is not None:
+            found = found.masked_fill_(outside, unlabelled)
         return found.view_as(target)

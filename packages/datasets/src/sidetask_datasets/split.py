@@ -14,6 +14,8 @@ from sidetask_datasets import draws
 from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.columns import Column
 
+_AT_ONCE = 2**18  # values of the inputs
+
 
 class Split(ABC):
     """Samples that come in batches, made where they are used.
@@ -236,6 +238,26 @@ class ResidentSplit(Split):
         self, inputs: Tensor, targets: dict[str, Tensor], ids: Tensor, *, seed: int, epoch: int, augment: bool
     ) -> Batch:
         """The batch of what `gather` gave for `ids`, on any device that all of it is on."""
+        at_once = len(ids)
+        if ids.device.type == "cpu":
+            # So that what is done to an image finds it in the processor's cache.
+            at_once = max(1, _AT_ONCE // max(1, inputs[0].numel()))
+        if at_once >= len(ids):
+            return self._finished(inputs, targets, ids, seed=seed, epoch=epoch, augment=augment)
+        whole: dict[str, Tensor] = {}
+        for start in range(0, len(ids), at_once):
+            rows = slice(start, start + at_once)
+            some = {name: target[rows] for name, target in targets.items()}
+            part = self._finished(inputs[rows], some, ids[rows], seed=seed, epoch=epoch, augment=augment)
+            for name, value in {"": part.inputs, **part.targets}.items():
+                if start == 0:
+                    whole[name] = value.new_empty(len(ids), *value.shape[1:])
+                whole[name][rows] = value
+        return Batch(whole.pop(""), whole)
+
+    def _finished(
+        self, inputs: Tensor, targets: dict[str, Tensor], ids: Tensor, *, seed: int, epoch: int, augment: bool
+    ) -> Batch:
         columns = self.targets
         if not augment or self.augmentation is None:
             expanded = {name: columns[name].expand(rows) for name, rows in targets.items()}

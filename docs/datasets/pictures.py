@@ -272,7 +272,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
             os.environ["SIDETASK_CACHE"] = cache
             picture = gallery(DRAWN[name](Path(folder)), gap=4)
-        Image.fromarray(picture).save(HERE / f"{name}.png", optimize=True)
+        path = HERE / "images" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ SIZE = (288, 384)
 SCALES = (1.0, 1.2, 1.5)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-FRAMES, IMAGES = 48, 10240
+FRAMES, IMAGES = 32, 7680
 BATCH = {"frames": 8, "images": 128}
 RESULTS = Path(__file__).parent / "results"
 

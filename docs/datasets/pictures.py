@@ -26,8 +26,11 @@ from sidetask_datasets import (
     Dataset,
     celeba,
     cifar100_domains,
+    cityscapes,
     digits,
+    frames,
     gallery,
+    nyuv2,
     pascal_context,
     rlbench,
     scenes,
@@ -82,6 +85,62 @@ def draw_virtual_kitti(root: Path) -> list[list[Pixels]]:
     lines = [f"{name} {' '.join(map(str, colour))}" for name, colour in zip(CLASSES, COLOURS, strict=True)]
     (scene / "colors.txt").write_text("\n".join(["Category r g b", *lines]))
     return rows(virtual_kitti(root), [1, 5])
+
+
+def draw_frames(root: Path) -> list[list[Pixels]]:
+    """Rooms in the tree of frames: image, classes, depth, normals."""
+    _, batch, photographs = rooms((120, 160), 6)
+    for index, photograph in enumerate(photographs):
+        save(root / f"image/{index}.jpg", photograph)
+        save(root / f"label/{index}.png", batch.targets["segmentation"][index].numpy().astype(numpy.uint8))
+        depth = (batch.targets["depth"][index, 0] * 1000).numpy().astype(numpy.uint16)
+        save(root / f"depth/{index}.png", depth, "I;16")
+        normals = 128 + 124 * batch.targets["normals"][index].permute(1, 2, 0).numpy()
+        save(root / f"normal/{index}.png", normals.round().astype(numpy.uint8))
+    (root / "train.txt").write_text("\n".join(map(str, range(5))))
+    (root / "test.txt").write_text("5")
+    return rows(frames(root, validation=1), [0, 1, 2])
+
+
+def draw_nyuv2(root: Path) -> list[list[Pixels]]:
+    """Rooms as MTAN's arrays; below each what a network sees of it in one epoch and in the next."""
+    _, batch, photographs = rooms((120, 160), 4)
+    for index, photograph in enumerate(photographs):
+        found = {
+            "image": (photograph / 255).astype(numpy.float32),
+            "label": batch.targets["segmentation"][index].numpy(),
+            "depth": batch.targets["depth"][index].permute(1, 2, 0).numpy(),
+            "normal": batch.targets["normals"][index].permute(1, 2, 0).numpy(),
+        }
+        for name, array in found.items():
+            path = root / ("val" if index == 3 else "train") / name / f"{index}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            numpy.save(path, array)
+    data = nyuv2(root, validation=1)
+    pictures = rows(data, [0])
+    for epoch in (0, 1):
+        moved = next(data.train.batches(2, shuffle=False, epoch=epoch))
+        views = [data.views[task.name].image(moved.target_of(task)[0]) for task in data.tasks]
+        pictures.append([data.show_input(moved.inputs[0]), *views])
+    return pictures
+
+
+def draw_cityscapes(root: Path) -> list[list[Pixels]]:
+    """Rooms as streets, in the layout of pictures: image, classes, parts, disparity."""
+    data = scenes((96, 192), train=6, validation=1, test=1, samples=2, tasks=("segmentation", "parts", "depth"))
+    batch = data.train[:]
+    street = numpy.array([26, 21, 23, 24, 7, 11, 20, 19, 28, 12, 17, 13, 22])  # what each thing in a room stands for
+    for index in range(6):
+        folder = root / ("val" if index == 5 else "train")
+        ids = street[batch.targets["segmentation"][index].numpy()]
+        save(folder / f"image/{index}.png", data.show_input(batch.inputs[index]))
+        save(folder / f"seg/{index}.png", ids.astype(numpy.uint8))
+        parts = 1 + batch.targets["parts"][index].numpy() % 5
+        uids = numpy.where(numpy.isin(ids, (24, 26, 28)), ids * 100_000 + 100 + parts, ids)
+        save(folder / f"part_seg/{index}.tif", uids.astype(numpy.int32))
+        disparity = 1 + 256 * 60 / batch.targets["depth"][index, 0].numpy()
+        save(folder / f"depth/{index}.png", disparity.astype(numpy.uint16), "I;16")
+    return rows(cityscapes(root, validation=1), [0, 1, 2])
 
 
 def draw_pascal_context(root: Path) -> list[list[Pixels]]:
@@ -259,7 +318,10 @@ def write_demonstration(folder: Path, seed: int) -> None:
 DRAWN: dict[str, Callable[[Path], list[list[Pixels]]]] = {
     "celeba": draw_celeba,
     "cifar100_domains": draw_cifar100_domains,
+    "cityscapes": draw_cityscapes,
     "digits": draw_digits,
+    "frames": draw_frames,
+    "nyuv2": draw_nyuv2,
     "pascal_context": draw_pascal_context,
     "rlbench": draw_rlbench,
     "virtual_kitti": draw_virtual_kitti,

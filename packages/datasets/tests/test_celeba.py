@@ -1,5 +1,7 @@
 """CelebA's tree as its authors and as torchvision keep it, tiny, sound and hostile."""
 
+from itertools import pairwise
+
 import numpy
 import pytest
 import torch
@@ -73,7 +75,7 @@ def test_a_share_is_neither_more_nor_less(share):
     names = [str(index) for index in range(16277)]
     chosen = [int(name) for name in _evenly(names, share)]
     assert len(chosen) == int(16277 * share + 1e-9)
-    gaps = {b - a for a, b in zip(chosen, chosen[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(chosen)}
     assert gaps <= {int(1 / share), int(1 / share) + 1}
 
 

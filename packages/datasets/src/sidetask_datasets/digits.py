@@ -105,9 +105,9 @@ def digits(
     for split, count in {"train": train, "validation": validation, "test": test}.items():
         images, targets = _pairs(*pools[split], count, draws.key(seed, "digits", split))
         columns = {name: Column(targets[name], "label") for name in names}
-        splits[split] = ResidentSplit(Column(images, "image", (mean,), (std,)), columns).to(device)
+        splits[split] = ResidentSplit(Column(images, "image", (mean,), (std,)), columns)
     classes = CLOTHES if source == "fashion" else tuple(str(digit) for digit in range(10))
-    return _assemble(names, wanted, splits, classes, View("image", mean=(mean,), std=(std,)))
+    return _assemble(names, wanted, splits, classes, View("image", mean=(mean,), std=(std,))).to(device)
 
 
 def _assemble(

@@ -24,8 +24,8 @@ class Augmentation:
     The image is turned about its centre. A window of 1/scale of the height and width, at a random place, is enlarged to
     the full size: image bilinear, labels nearest, depth divided by the scale, disparity multiplied by it. A flip also
     negates the x component of normals, and a rotation turns them. Edges are enlarged as labels are, and so get as much
-    wider. Tokens, whose patches the window need not meet, are mixed bilinearly; of the labelled ones alone if these are at
-    least half of a mixture, which is unlabelled otherwise. What comes from beyond the image, where it was turned or
+    wider. Tokens, whose patches the window need not meet, are mixed bilinearly; of the labelled ones alone if these are
+    at least half of a mixture, which is unlabelled otherwise. What comes from beyond the image, where it was turned or
     padded, is black and unlabelled.
 
     Args:

@@ -13,6 +13,8 @@ from sidetask_bench.trainer import Trainer
 from sidetask_core import plugins
 from sidetask_datasets import JoinedSplit, digits
 
+pytestmark = pytest.mark.thorough
+
 CPU = torch.device("cpu")
 SIZES = {"north": 24, "south": 16}
 

@@ -146,6 +146,15 @@ def compose(session: nox.Session) -> None:
 
 
 @nox.session
+def examples(session: nox.Session) -> None:
+    """Run every example."""
+    # Without torchvision, which Lightning and others would import, and which may not go with the torch that is there.
+    session.install(*PINNED, *editable(with_siblings("core", "autolambda", "ial")), "-e", "packages/baselines")
+    session.install(*PINNED, "-r", "examples/requirements.txt", "pytest")
+    session.run("pytest", "tests/examples", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and layout."""
     session.install(*PINNED, "ruff")

@@ -1,4 +1,4 @@
-"""Steps of the same methods by TorchJD and LibMTL, each used the way its documentation says, and Auto-λ as published.
+"""Steps of the same methods by TorchJD and LibMTL, each used the way its documentation says, and some as published.
 
     python -m pip install --requirement benchmarks/requirements.txt
 
@@ -14,6 +14,9 @@ features.
 Auto-λ as published (Liu et al. 2022) is written down here, in plain PyTorch: a copy of the network takes the virtual
 step, the validation gradient v is taken there, λ learns from the training losses of the network displaced by v times
 0.01 / ‖v‖, forth and back, and then the network takes its real step.
+
+Pareto MTL as published (Lin et al. 2019): a forward and a backward pass of the whole network for every task, then the
+weights, then one more forward pass for every task and a backward pass of their weighted sum.
 """
 
 from __future__ import annotations
@@ -90,7 +93,8 @@ def installed(library: str) -> bool:
 def peers(setting: Any) -> dict[tuple[str, str], Callable[[], Run]]:
     """What builds a step, by our row and the library, for libraries that are installed and what is written here."""
     found: dict[tuple[str, str], Callable[[], Run]] = {
-        ("autolambda before", "as published"): lambda: _published_autolambda(setting)
+        ("autolambda before", "as published"): lambda: _published_autolambda(setting),
+        ("pareto-mtl over parameters", "as published"): lambda: _published_pareto_mtl(setting),
     }
     for library, entries, build in (("TorchJD", TORCHJD, _torchjd), ("LibMTL", LIBMTL, _libmtl)):
         if not installed(library):
@@ -221,5 +225,32 @@ def _published_autolambda(setting: Any) -> Run:
             weights.grad = -group["lr"] * (forth - back) / (2 * epsilon)
         adam.step()
         (weights.detach() @ losses(model, setting.batch)).backward()
+
+    return run
+
+
+def _published_pareto_mtl(setting: Any) -> Run:
+    from sidetask_baselines.pareto_mtl import constraints, preference_vectors, restricted
+
+    model, batch, count = setting.model, setting.batch, len(setting.tasks)
+    regions = constraints(preference_vectors(count, count + 1), count)
+
+    def run() -> None:
+        gradients, values = [], []
+        for t in range(count):
+            model.zero_grad()
+            loss = losses_of(setting, model(batch.inputs))[t]
+            loss.backward()
+            values.append(loss.detach())
+            there = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+            gradients.append(torch.cat([gradient.flatten() for gradient in there]))
+        matrix = torch.stack(gradients)
+        active = regions[regions @ torch.stack(values).double().cpu().numpy() > 0]
+        weights = restricted((matrix @ matrix.T).double().cpu().numpy(), active, tasks=True)
+        model.zero_grad()
+        total = torch.zeros_like(values[0])
+        for t, weight in enumerate(weights):
+            total = total + float(weight) * losses_of(setting, model(batch.inputs))[t]
+        total.backward()
 
     return run

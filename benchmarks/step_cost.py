@@ -4,21 +4,22 @@
     python benchmarks/step_cost.py --device cuda --write
     python benchmarks/step_cost.py --setting half_shared --tasks 9 --rounds 3 --write
 
-Three settings: three dense tasks (segmentation, depth, normals) on a ResNet-18 with DeepLabV3 heads of 144 channels,
-which do 38 % of the work; twenty classification tasks with small heads on the same trunk; and the dense tasks on the
-half-shared network, each with layer3 and layer4 of its own, for the methods that add transfers. One round times one
-step of every method, in an order drawn anew; a ratio is taken within its round, and the table gives its median and
-quartiles over the rounds. Memory is the most that two steps in a row hold at a time on top of parameters, momentum and
-batches: gradients, copies of the network, and whatever is kept from one step to the next. `plain` is the sum of losses
-and one ``backward()``, without this project.
+Four settings: three dense tasks (segmentation, depth, normals) on a ResNet-18 with DeepLabV3 heads of 144 channels,
+which do 38 % of the work; twenty classification tasks with small heads on the same trunk; the dense tasks on the
+half-shared network, each with layer3 and layer4 of its own, for the methods that add transfers; and segmentation and
+depth on a U-Net with a decoder for each, for class-wise weights, as in their paper. One round times one step of every
+method, in an order drawn anew; a ratio is taken within its round, and the table gives its median and quartiles over the
+rounds. Memory is the most that two steps in a row hold at a time on top of parameters, momentum and batches: gradients,
+copies of the network, and whatever is kept from one step to the next. `plain` is the sum of losses and one
+``backward()``, without this project.
 
 Methods that look ahead get a validation batch as large as the training batch, and SGD with momentum and weight decay to
 follow. In their rows all tasks are primary, unless it says "one primary". Of a method that learns in every fifth step,
-the time is a fifth of five steps in a row.
+the time is a fifth of five steps in a row. Class-wise weights are those of six bins of depth, for segmentation.
 
-A second table has the methods that TorchJD or LibMTL have too, and Auto-λ as it was published, on the same model and
-batch, in the same rounds (`peers.py`; those libraries are optional). A ratio there is ours to theirs, again within a
-round.
+A second table has the methods that TorchJD or LibMTL have too, and Auto-λ and Pareto MTL as they were published, on
+the same model and batch, in the same rounds (`peers.py`; those libraries are optional). A ratio there is ours to
+theirs, again within a round.
 
 A figure over its goal is marked with an exclamation mark; beside a peer the goal is 1.
 """
@@ -58,13 +59,15 @@ class Goal:
     dense: float = math.inf
     classification: float = math.inf
     half_shared: float = math.inf
+    decoders: float = math.inf
     memory: float = math.inf
 
 
 # What a method reads decides what it may cost.
 GOALS = {
-    "losses": Goal(1.06, 1.06),
+    "losses": Goal(1.06, 1.06, decoders=1.06),
     "features": Goal(1.06, 1.06, memory=1.4),
+    "ial": Goal(1.06, 1.15, memory=1.4),
     "pcgrad over parameters": Goal(1.8, 11.0),
     "before": Goal(3.0, 3.6, memory=2.2),
     "after": Goal(2.4, memory=2.2),
@@ -75,13 +78,26 @@ GOALS = {
     "transfers after": Goal(half_shared=3.1),
     "transfers online": Goal(half_shared=2.4),
     "half after": Goal(half_shared=2.8),
+    "classwise lookahead": Goal(1.9, decoders=1.9),
+    "classwise lookahead, every fifth": Goal(1.3, decoders=1.3),
 }
+# What Yim and Kim (2020) report in their Table 2.
+PAPER = {"classwise difference": 1.69, "pareto-mtl over parameters": 6.2}
 PATIENCE = 300  # seconds for two steps of a peer
+CLASSWISE = {
+    "name": "classwise",
+    "main": "segmentation",
+    "auxiliary": "depth",
+    "classes": {"by": "uniform", "low": 0.5, "high": 1.5, "bins": 6},
+    "warmup": 0,
+}
+LOOKING = {**CLASSWISE, "estimator": "lookahead"}
 METHODS: dict[str, tuple[Any, str | None]] = {
     "equal": ("equal", None),
     **{name: (name, "losses") for name in ("uncertainty", "dwa", "rlw", "imtl-l", "atw", "puw")},
     "famo": ("famo", None),  # another forward pass, to see what the last step did to the losses
     "per-objective-uncertainty": ("per-objective-uncertainty", "losses"),
+    "ial": ("ial", "ial"),
     **{
         f"{name} {where}": ({"name": name, "at": at}, reads)
         for at, where, reads in (("features", "at features", "features"), ("parameters", "over parameters", None))
@@ -113,6 +129,15 @@ METHODS: dict[str, tuple[Any, str | None]] = {
     },
     "autolambda before, every fifth": ({"name": "autolambda", "every": 5}, "every fifth"),
     "autolambda before, one primary": ({"name": "autolambda"}, "before"),
+    "classwise, fixed weights": ({**CLASSWISE, "warmup": 1}, "losses"),
+    "classwise difference": (CLASSWISE, "losses"),
+    "classwise lookahead, validation batch": (LOOKING, None),
+    "classwise lookahead, next batch": ({**LOOKING, "probe": "next"}, "classwise lookahead"),
+    "classwise lookahead, next batch, one-sided": ({**LOOKING, "probe": "next", "mode": "one-sided"}, None),
+    "classwise lookahead, next batch, every fifth": (
+        {**LOOKING, "probe": "next", "every": 5},
+        "classwise lookahead, every fifth",
+    ),
 }
 # "half" stands for half of all transfers, as many to every target.
 TRANSFERS: dict[str, tuple[Any, str | None]] = {
@@ -126,12 +151,12 @@ TRANSFERS: dict[str, tuple[Any, str | None]] = {
 }
 
 
-ROWS = {"dense": METHODS, "classification": METHODS, "half_shared": TRANSFERS}
+ROWS = {"dense": METHODS, "classification": METHODS, "half_shared": TRANSFERS, "decoders": METHODS}
 
 
 @dataclass
 class Setting:
-    """A model, its tasks, two batches of one size and what takes the steps, on the device."""
+    """A model, its tasks, two batches of one size and what takes the steps, on the device; `rows`: which of METHODS."""
 
     name: str
     tasks: Sequence[Task]
@@ -139,6 +164,7 @@ class Setting:
     batch: Batch
     validation: Batch
     optimizer: torch.optim.SGD
+    rows: Sequence[str] = ()
 
 
 def dense(device: str, images: int | None = None) -> Setting:
@@ -180,11 +206,12 @@ def classification(device: str, images: int | None = None) -> Setting:
     return prepared("T = 20, classification", tasks, model, batch, device)
 
 
-def half_shared(device: str, images: int | None = None, tasks: int = 3) -> Setting:
+def half_shared(device: str, images: int | None = None, tasks: int = 3, size: tuple[int, int] | None = None) -> Setting:
     """The dense tasks, or several of each, all primary, on a ResNet-18 of which stem, layer1 and layer2 are shared."""
     from sidetask_datasets import tasks as kinds
 
-    size, usual = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
+    normal, usual = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
+    size = size or normal
     images = images or usual
     makers = [lambda name: kinds.segmentation(name, 13), kinds.depth, kinds.normals]
     outputs = [13, 1, 3]
@@ -201,6 +228,20 @@ def half_shared(device: str, images: int | None = None, tasks: int = 3) -> Setti
 
     model = SplitModel.from_stages(resnet_stages(18), 3, heads)
     return prepared(f"T = {tasks}, dense, half-shared", wanted, model, batch, device)
+
+
+def decoders(device: str, images: int | None = None) -> Setting:
+    """Segmentation and depth of rendered rooms on the U-Net of `sidetask_bench`, a quarter as wide."""
+    from sidetask_bench.networks import unet
+    from sidetask_datasets import scenes
+
+    size, usual = ((64, 96), 4) if device == "cpu" else ((288, 384), 16)
+    count = images or usual
+    rooms = scenes(size=size, train=2 * count, validation=1, test=1, tasks=["segmentation", "depth"])
+    both = iter(list(rooms.train.batches(count, shuffle=False, augment=False)))
+    model = unet(rooms, widths=[16, 32, 64, 128, 256])
+    setting = prepared("T = 2, U-Net", rooms.tasks, model, lambda: next(both), device)
+    return replace(setting, rows=("equal", "classwise", "pareto-mtl over parameters"))
 
 
 def prepared(name: str, tasks: Sequence[Task], model: SplitModel, batch: Callable[[], Batch], device: str) -> Setting:
@@ -301,13 +342,16 @@ def limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def methods(wanted: Sequence[str], rows: dict[str, tuple[Any, str | None]]) -> dict[str, Any]:
+def methods(setting: Setting, rows: dict[str, tuple[Any, str | None]], wanted: Sequence[str]) -> dict[str, Any]:
     """The methods to measure: installed, and with one of the `wanted` texts in their name; always `equal`."""
+    dense = {"segmentation", "depth"} <= {task.name for task in setting.tasks}
     names = plugins.installed("methods")
     found = {}
     for row, (spec, _) in rows.items():
         name = spec if isinstance(spec, str) else spec["name"]
         if row != "equal" and wanted and not any(text in row for text in wanted):
+            continue
+        if (setting.rows and not row.startswith(setting.rows)) or (name == "classwise" and not dense):
             continue
         if name in names:
             if name != "torchjd" or installed("TorchJD"):
@@ -321,7 +365,8 @@ def builders(
     setting: Setting, rows: dict[str, tuple[Any, str | None]], wanted: Sequence[str], beside_peers: bool
 ) -> dict[Key, Callable[[], Run]]:
     """What builds a step of every method and peer."""
-    found = {(row, ""): functools.partial(ours, setting, row, spec) for row, spec in methods(wanted, rows).items()}
+    specs = methods(setting, rows, wanted)
+    found = {(row, ""): functools.partial(ours, setting, row, spec) for row, spec in specs.items()}
     found["plain", ""] = functools.partial(plain, setting)
     if beside_peers and rows is METHODS:
         found |= {key: build for key, build in peers(setting).items() if (key[0], "") in found}
@@ -399,6 +444,9 @@ def table(measured: dict[str, Any], kind: str) -> str:
             f"| {row['method']} | {row['ratio']:.2f}{slow} | {low:.2f}–{high:.2f} | {row['milliseconds']:.0f} | "
             f"{row['memory']:.2f}{big} | {row['megabytes']:.0f} |"
         )
+    reported = [f"{figure} for {row}" for row, figure in PAPER.items() if row in {row["method"] for row in rows}]
+    if PAPER.keys() & {row["method"] for row in rows if row["method"].startswith("classwise")}:
+        lines += ["", f"Yim and Kim (2020, Table 2) report {' and '.join(reported)}."]
     if measured["peers"]:
         lines += [
             "",
@@ -451,6 +499,7 @@ def main() -> None:
             "dense": dense,
             "classification": classification,
             "half_shared": functools.partial(half_shared, tasks=options.tasks),
+            "decoders": decoders,
         }[kind](options.device)
         measured = measure(setting, rows, options)
         text = f"{table(measured, kind)}\n\n{head}\n"

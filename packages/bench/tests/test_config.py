@@ -60,6 +60,7 @@ def test_a_row_replaces_the_whole_method(load: Callable[..., Experiment]) -> Non
         ("name=..", ["names a folder"]),
         ("baseline=singel", ["baseline", "did you mean 'single'"]),
         ("improvement=best", ["improvement", "mean-of-tasks"]),
+        ("fronts={pareto: [singel]}", ["fronts.pareto", "did you mean 'single'"]),
         ("rows.single={dataset: digits}", ["rows.single.dataset", "network, method, training"]),
         ("rows.single={training: {epoch: 1}}", ["rows.single.training.epoch", "did you mean 'epochs'"]),
         ("rows.single=3", ["rows.single", "a mapping"]),

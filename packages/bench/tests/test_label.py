@@ -86,8 +86,16 @@ def test_the_command(tmp_path: Path, teacher: Path, student: Callable[..., Exper
     assert done.exit_code == 0, done.output
     assert (labels_of(tmp_path / "rooms") != 255).all()
     before = (tmp_path / "rooms/train.npz").stat().st_mtime_ns
-    assert run("--threshold", "0.9").exit_code == 0
+    assert run("--threshold", "0").exit_code == 0
     assert (tmp_path / "rooms/train.npz").stat().st_mtime_ns == before
+    for more, asked in (
+        (("--threshold", "0.9"), "segmentation above 0.9 of"),
+        (("--kind", "tokens"), "tokens of task"),
+    ):
+        other = run(*more)
+        assert other.exit_code == 2
+        assert "train.npz: holds segmentation above 0.0 of task 'segmentation' of SplitModel" in other.stderr
+        assert asked in other.stderr
     arguments[2] = tmp_path / "own"
     del arguments[-2:]
     assert run().exit_code == 0
@@ -104,12 +112,24 @@ def test_the_command(tmp_path: Path, teacher: Path, student: Callable[..., Exper
         ({"task": "segmentatoin"}, "segmentatoin: unknown task; did you mean 'segmentation'"),
         ({"task": "depth"}, "task 'depth' has no classes"),
         ({"run": "nowhere"}, "nowhere has no trained network"),
+        ({"kind": "tokens", "patch": 5}, "--patch: patches of 5×5 do not divide images of 16×24 pixels"),
+        ({"kind": "tokens", "patch": 16}, "--patch: patches of 16×16 do not divide images of 16×24 pixels"),
+        ({"kind": "tokens", "patch": 0}, "--patch: patches of 0×0 do not divide images of 16×24 pixels"),
+        ({"threshold": 1.0}, "threshold is a probability, at least 0 and below 1, not 1.0"),
     ],
 )
-def test_what_cannot_label(tmp_path: Path, teacher: Path, changes: dict[str, str], message: str) -> None:
-    run, task = changes.get("run", teacher), changes.get("task", "segmentation")
+def test_what_cannot_label(tmp_path: Path, teacher: Path, changes: dict[str, Any], message: str) -> None:
+    options = {"run": teacher, "task": "segmentation", **changes}
     with pytest.raises(ExperimentError, match=message):
-        label(run, tmp_path / "labels", task=task)
+        label(options.pop("run"), tmp_path / "labels", **options)
+    assert not (tmp_path / "labels").exists()
+
+
+def test_patches_of_another_size_are_other_labels(tmp_path: Path, teacher: Path) -> None:
+    label(teacher, tmp_path / "labels", task="segmentation", kind="tokens", patch=4)
+    label(teacher, tmp_path / "labels", task="segmentation", kind="tokens", patch=4)
+    with pytest.raises(ExperimentError, match=r"holds tokens of .* in patches of 4, not tokens of .* in patches of 8"):
+        label(teacher, tmp_path / "labels", task="segmentation", kind="tokens", patch=8)
 
 
 def test_images_of_another_size(tmp_path: Path, teacher: Path, student: Callable[..., Experiment]) -> None:

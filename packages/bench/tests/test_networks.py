@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import sidetask_datasets
 import torch
-from sidetask_bench.networks import deeplabv3, small, unet
+from sidetask_bench.networks import deeplabv3, fpn, lenet, mtan, resnet, small, timm, unet, vgg16
 from sidetask_bench.networks.resnet import AtrousHead, resnet_stages
 from sidetask_core import Batch, Step, Task
 from sidetask_saal import SelfAuxiliaries
@@ -252,3 +252,106 @@ def test_deeplab_says_what_is_wrong():
         deeplabv3(stub(LABELS, dense=False))
     with pytest.raises(ValueError, match=r"cut must be in 0\.\.5"):
         deeplabv3(stub(shape=(3, 32, 32)), depth=18, cut=6)
+
+
+@pytest.mark.parametrize("cut", [0, 3, None])
+def test_fpn_predicts_at_the_size_of_the_image(cut):
+    shape = (3, 45, 65)
+    model = fpn(stub(PAIR, shape), cut=cut, width=16)
+    assert shapes(model, shape) == {name: (2, n, *shape[1:]) for name, n in PAIR.items()}
+    assert len(model.shared) == (5 if cut is None else cut)
+
+
+def test_mtan_masks_what_the_trunk_sees():
+    shape = (3, 45, 65)
+    model = mtan(stub(PAIR, shape), depth=18)
+    assert shapes(model, shape) == {name: (2, n, *shape[1:]) for name, n in PAIR.items()}
+    attention = model.branches["depth"].eval()
+    widths = (64, 128, 256, 512)
+    sizes = ((12, 17), (6, 9), (6, 9), (6, 9))
+    maps = [
+        tuple(torch.rand(1, width, *size) + 0.5 for _ in range(2)) for width, size in zip(widths, sizes, strict=True)
+    ]
+    attended = attention(maps)
+    assert (attended >= 0).all()
+    assert (attended <= maps[-1][1]).all(), "a mask is in [0, 1]"
+    # The last mask closed, nothing passes, whatever the trunk says.
+    norm = attention.masks[-1][2]
+    torch.nn.init.constant_(norm.bias, -1e4)
+    assert not attention(maps).any()
+
+
+def test_mtan_shares_its_trunk_whole():
+    with pytest.raises(ValueError, match="shared whole; found cut 3"):
+        mtan(stub(PAIR), cut=3)
+    model = mtan(stub(PAIR), depth=18)
+    alone = sum(p.numel() for p in resnet_stages_module().parameters())
+    assert sum(p.numel() for p in model.shared_parameters()) == alone
+
+
+def resnet_stages_module():
+    return nn.Sequential(*resnet_stages(18))
+
+
+@pytest.mark.parametrize(
+    ("make", "stages"), [(resnet, 5), (vgg16, 5), (lambda data, **options: lenet(data, hidden=7, **options), 3)]
+)
+def test_classifiers_classify_at_every_cut(make, stages):
+    shape = (3, 36, 36)
+    for cut in (0, 2, stages, None):
+        model = make(stub(LABELS, shape, dense=False), cut=cut)
+        assert shapes(model, shape) == {"left": (2, 10), "right": (2, 10)}
+        assert len(model.shared) == (stages if cut is None else cut)
+    with pytest.raises(ValueError, match="labels per pixel"):
+        make(stub(PAIR, shape))
+
+
+def test_classifiers_are_what_torchvision_and_the_paper_have():
+    import torchvision
+
+    plain = torchvision.models.resnet18(num_classes=2).eval()
+    model = resnet(stub({"a": 2}, (3, 64, 64), dense=False), hidden=0).eval()
+    x = torch.randn(2, 3, 64, 64)
+    for stage, names in zip(
+        model.shared, (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)), strict=True
+    ):
+        own = [child for child in stage if any(True for _ in child.parameters())] if len(names) > 1 else [stage]
+        for name, child in zip(names, own, strict=True):
+            child.load_state_dict(getattr(plain, name).state_dict())
+    model.heads["a"][-1].load_state_dict(plain.fc.state_dict())
+    torch.testing.assert_close(model(x)["a"], plain(x))
+    # 9×9 and 5×5 kernels on 36×36 leave 20 maps of 5×5.
+    assert lenet(stub(LABELS, (1, 36, 36), dense=False)).shared[2][1].in_features == 500
+    convolutions = [m for m in vgg16(stub(LABELS, (3, 32, 32), dense=False)).shared.modules() if type(m) is nn.Conv2d]
+    assert len(convolutions) == 13
+
+
+def test_timm_gives_an_encoder_by_name(tmp_path):
+    from safetensors.torch import save_file
+
+    for model in ("resnet10t", "convnext_atto"):
+        dense = timm(stub(PAIR, (1, 64, 96)), model=model, head_width=8)
+        assert shapes(dense, (1, 64, 96)) == {name: (2, n, 64, 96) for name, n in PAIR.items()}
+    data = stub(LABELS, (3, 64, 64), dense=False)
+    whole = timm(data, model="resnet10t", cut=0, hidden=4)
+    assert shapes(whole, (3, 64, 64)) == {"left": (2, 10), "right": (2, 10)}
+    assert not whole.shared_parameters()
+    state = timm(data, model="resnet10t").shared[0].encoder.state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    save_file(state, tmp_path / "weights.safetensors")
+    for name in ("weights.pt", "weights.safetensors"):
+        found = timm(data, model="resnet10t", weights=tmp_path / name).shared[0].encoder.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
+def test_timm_names_what_is_wrong(tmp_path):
+    data = stub(LABELS, (3, 64, 64), dense=False)
+    with pytest.raises(ValueError, match="'resnett'"):
+        timm(data, model="resnett")
+    with pytest.raises(ValueError, match=r"nothing\.pt: cannot be read as weights"):
+        timm(data, weights=tmp_path / "nothing.pt")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: .* tensors of timm's 'resnet10t' are missing"):
+        timm(data, model="resnet10t", weights=tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"cut must be in 0\.\.1"):
+        timm(data, cut=2)

@@ -443,6 +443,44 @@ def test_numbers_beside_bars_stay_inside_the_axes(tmp_path, means):
         assert whole.x0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= whole.x1
 
 
+def test_a_front_is_a_line_through_its_rows_and_better_is_to_the_upper_right(tmp_path):
+    rows = ("single", "p0", "p1", "p2")
+    make(tmp_path, rows=rows)
+    data = json.loads((tmp_path / "comparison.json").read_text())
+    data["config"]["fronts"] = {"pareto": ["p2", "gone", "p0", "p1"]}
+    (tmp_path / "comparison.json").write_text(json.dumps(data))
+    comparison = records.load(tmp_path)
+    panels = plots.trade_off_panels(comparison, lambda task: task.headline)
+    assert [panel.title for panel in panels] == [
+        "segmentation and depth",
+        "segmentation and normals",
+        "depth and normals",
+    ]
+    axes = Figure().subplots()
+    panels[0].draw(axes)
+    assert (axes.xaxis.get_inverted(), axes.yaxis.get_inverted()) == (False, True)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("segmentation: mIoU", "depth: absolute")
+    means = {
+        row["name"]: (row["mean"]["segmentation"]["mIoU"], row["mean"]["depth"]["absolute"]) for row in data["rows"]
+    }
+    lines = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() in plots._MARKERS]
+    for line, of in zip(lines, (["single"], ["p2", "p0", "p1"]), strict=True):
+        np.testing.assert_allclose(line, [means[row] for row in of])
+    assert {text.get_text() for text in axes.texts} == {"single", "pareto"}
+    text = report.write(tmp_path, pictures()).read_text(encoding="utf-8")
+    assert "pareto (p2, p0, p1)." in text
+    assert (tmp_path / "pictures" / "trade_offs.png").is_file()
+
+
+def test_a_row_without_a_value_has_no_point(tmp_path):
+    make(tmp_path)
+    data = json.loads((tmp_path / "comparison.json").read_text())
+    data["rows"][1]["runs"][0]["test"]["depth"]["absolute"] = None
+    (tmp_path / "comparison.json").write_text(json.dumps(data))
+    panels = plots.trade_off_panels(records.load(tmp_path), lambda task: task.headline)
+    assert ["equal" in panel.words for panel in panels] == [False, True, False]
+
+
 def test_spread_keeps_order_and_distance():
     generator = np.random.default_rng(1)
     for count in (1, 2, 7):

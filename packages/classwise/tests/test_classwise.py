@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ RATE = 0.1
 TestDifference = conformance(classwise, classes=BINS, warmup=0, lr=LR)
 TestWindow = conformance(classwise, classes=BINS, warmup=1, lr=LR, window=2)
 TestLookahead = conformance(classwise, classes=BINS, estimator="lookahead", warmup=0, lr=LR)
-TestNext = conformance(classwise, classes=BINS, estimator="lookahead", probe="next", every=2, warmup=0, lr=LR)
+TestNext = conformance(classwise, classes=BINS, estimator="lookahead", probe="next", every=2, warmup=0, lr=LR, window=2)
 
 
 def cross_entropy(prediction, target):
@@ -138,7 +139,7 @@ def test_with_all_weights_one_the_gradient_is_that_of_the_plain_sum(estimator):
 def test_other_weights_weigh_each_class_and_leave_other_elements_alone():
     shaper = ClassWise("depth", "seg", 3)
     shaper.weights = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
-    labels = torch.tensor([[0, 1, 2], [3, -1, 255]])
+    labels = torch.tensor([[0, 1, 2], [-100, -1, 255]])
     assert shaper(torch.ones(2, 3), labels).tolist() == [[0.5, 0.0, 2.0], [1.0, 1.0, 1.0]]
     # A class of a sample holds for all of its elements, that of a pixel for all of its channels.
     assert shaper(torch.ones(2, 4), torch.tensor([2, 0])).tolist() == [[2.0] * 4, [0.5] * 4]
@@ -157,7 +158,7 @@ def test_class_sums_are_those_of_a_naive_loop():
     close((main / points)[1:-1], mains, "main loss by class")
     close((auxiliary / elements.sum())[1:-1], shares, "shares of the auxiliary loss")
     close(report.losses["seg"], loss, "the auxiliary loss is the weighted sum of its shares")
-    assert elements[0] == elements[-1] == auxiliary[0] == 0
+    assert elements[0] == elements[-1] == auxiliary[0] == points[-1] == 0
     mask = second.targets["seg"] < 0
     step.backward(second)
     assert points[0] == (first.targets["depth"][:, 0][first.targets["seg"] < 0] > 0).sum()
@@ -419,6 +420,58 @@ def test_quantised_depth_weighs_segmentation_the_other_way_round():
     assert shaper(torch.ones(4), labels).tolist() == [0.0, 3.0, 3.0, 1.0]
 
 
+def test_no_class_is_what_is_not_labelled_and_a_label_beyond_the_last_is_an_error():
+    """Labels that the loss itself ignores, without a mask."""
+    ignoring = functools.partial(functional.cross_entropy, reduction="none", ignore_index=255)
+    tasks = [dense_tasks()[0], Task("seg", ignoring, primary=False)]
+    masked, (probe,) = dense_batches(2), dense_batches(1)
+    data = [Batch(b.inputs, {**b.targets, "seg": b.targets["seg"].where(b.targets["seg"] >= 0, 255)}) for b in masked]
+    # The share of a class in the loss is over all pixels then, but which classes learn, and in which direction, is not.
+    found = {}
+    for estimator in ("difference", "lookahead"):
+        for name, some, of in (("masked", masked, dense_tasks()), ("ignored", data, tasks)):
+            shaper = ClassWise("depth", "seg", 4, estimator=estimator, warmup=0, lr=LR)
+            run(shaper, some, tasks=of, model=at_rest(dense_model()), probe=probe)
+            found[name] = shaper.adam.updates
+            assert shaper.weights.max() < 2
+        assert torch.equal(found["masked"], found["ignored"])
+        for epoch, passes in ((1, True), (2, False)):
+            shaper = ClassWise("depth", "seg", ["wall", "floor", "bed"], estimator=estimator, warmup=2)
+            step = Step(dense_model(), tasks, Method(shapers={"seg": shaper}))
+            optimizer = torch.optim.SGD(step.parameters(), lr=RATE)
+            step.epoch = epoch
+            if passes:
+                step.backward(data[0], validation=probe, optimizer=optimizer)
+            else:
+                with pytest.raises(
+                    ValueError, match="labels beyond its 3 classes, wall to bed; negative labels and 255"
+                ):
+                    step.backward(data[0], validation=probe, optimizer=optimizer)
+    many = ClassWise("depth", "seg", 300)
+    many.weights = torch.arange(300.0)
+    assert many(torch.ones(3), torch.tensor([255, 299, -1])).tolist() == [255, 299, 1]
+
+
+@pytest.mark.parametrize("labels", [torch.full((4,), 2.0), torch.zeros(4), torch.tensor([math.nan, math.inf, -1, 5.0])])
+def test_quantised_labels_may_be_constant_zero_or_no_number(labels):
+    shaper = ClassWise("seg", "depth", [1.0, 2.0])
+    shaper.weights = torch.tensor([0.5, 3.0, 2.0], dtype=torch.float64)
+    expected = [1.0 if y.isnan() else 0.5 if y < 1 else 3.0 if y < 2 else 2.0 for y in labels]
+    assert shaper(torch.ones(4), labels).tolist() == expected
+    # Labels of every second row, as of a picture that was turned.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shaper(torch.ones(4), labels.repeat_interleave(2)[::2]).tolist() == expected
+
+
+def test_what_a_lookahead_needs_is_asked_for_in_the_first_step_not_after_the_warm_up():
+    (batch,) = dense_batches(1)
+    for probe, message in (("validation", "looks ahead and needs"), ("next", "looks back at each step and needs")):
+        shaper = ClassWise("depth", "seg", 4, estimator="lookahead", probe=probe, warmup=20)
+        with pytest.raises(ValueError, match=message):
+            Step(dense_model(), dense_tasks(), Method(shapers={"seg": shaper})).backward(batch)
+
+
 def share(rank, world, estimator, probe):
     """Weights after training on one process's share of every batch; the second process once has no labels at all."""
     model = at_rest(dense_model())
@@ -452,6 +505,25 @@ def test_two_processes_learn_as_one(estimator, probe):
     assert (whole != 1).all()
     for half in in_two_processes(functools.partial(share, estimator=estimator, probe=probe)):
         close(half, whole, "weights", rtol=1e-8)
+
+
+def refused(rank, world):
+    """What a process says of labels beyond the classes that only the first one has."""
+    (batch,) = dense_batches(1)
+    seg = batch.targets["seg"] if rank == 0 else batch.targets["seg"].clamp(max=2)
+    shaper = ClassWise("depth", "seg", 3, warmup=0)
+    try:
+        Step(dense_model(), dense_tasks(), Method(shapers={"seg": shaper})).backward(
+            Batch(batch.inputs, {**batch.targets, "seg": seg})
+        )
+    except ValueError as error:
+        return str(error)
+
+
+def test_two_processes_refuse_together_what_one_of_them_has():
+    first, second = in_two_processes(refused)
+    assert "beyond its 3 classes" in first
+    assert first == second
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 2}, {"estimator": "lookahead"}], ids=str)
@@ -526,6 +598,8 @@ def test_bad_tasks_and_labels_are_refused():
     tasks, (batch,) = dense_tasks(), dense_batches(1)
     with pytest.raises(MissingKey, match="there is no task 'sag'; the tasks are: depth, seg"):
         classwise(tasks, classes=4, auxiliary="sag")
+    with pytest.raises(ValueError, match="there is no auxiliary beside 'depth'"):
+        classwise(tasks[:1], classes=4)
     with pytest.raises(ValueError, match="main must say which task is to profit; primary are: depth, seg"):
         classwise([tasks[0], Task("seg", cross_entropy)], classes=4)
     with pytest.raises(ValueError, match="was made for task 'seg'"):

@@ -56,11 +56,26 @@ def test_a_frozen_head_stays_as_it_is_and_still_reaches_the_encoder():
         assert torch.equal(p, before[name]) == name.startswith("heads.b"), name
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_model_that_was_given_can_still_learn_all_its_heads(split):
+    tasks, (batch, *_), model = tiny_tasks(), batches(1), problem(split)
+    frozen = Step(model, tasks, Method(augment=FrozenHeads(["b"])))
+    assert not any(p.requires_grad for p in frozen.model.heads["b"].parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert frozen.model.heads["a"] is model.heads["a"]
+    assert frozen.model.shared is model.shared
+    Step(model, tasks).backward(batch)
+    expected = brute_force(problem(split), tasks, batch, torch.ones(3), torch.ones(3))
+    for name, found in gradients(model).items():
+        close(found, expected[name], f"{split}: {name}")
+
+
 def test_what_cannot_be_frozen():
     tasks = tiny_tasks()
+    for names in ("b", [1], [["b"]]):
+        with pytest.raises(TypeError, match="heads to freeze are a list of tasks' names, found"):
+            FrozenHeads(names)
     with pytest.raises(MissingKey, match=r"'d' has no head; the model has: a, b, c"):
         Step(problem(), tasks, Method(augment=FrozenHeads(["d"])))
-    model = problem()
     with pytest.raises(ValueError, match="task 'a' is primary; only heads of auxiliary tasks"):
-        Step(model, tasks, Method(augment=FrozenHeads(["b", "a"])))
-    assert model.heads["b"].weight.requires_grad
+        Step(problem(), tasks, Method(augment=FrozenHeads(["b", "a"])))

@@ -347,6 +347,10 @@ def test_what_is_missing_is_said():
         ask(ahead())
     with pytest.raises(ValueError, match="looks back at each step and needs"):
         ask(back())
+    for validation, message in ((True, "looks ahead and needs"), (False, "looks back at each step and needs")):
+        with pytest.raises(ValueError, match=message):
+            ask(lambda signals, validation=validation: signals.expect(validation=validation))
+        ask(lambda signals, validation=validation: signals.expect(validation=validation), **given)
     with pytest.raises(ValueError, match="not 'forward'"):
         ask(ahead(mode="forward"), **given)
     with pytest.raises(MissingKey, match="there is no task 'd'"):

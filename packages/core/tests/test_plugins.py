@@ -3,7 +3,7 @@
 from importlib.metadata import EntryPoint
 
 import pytest
-from sidetask_core import Augment, Equal, Fixed, Method, MissingKey, Task, plugins
+from sidetask_core import Augment, Equal, Fixed, FrozenHeads, Method, MissingKey, Shaper, Task, Uncertainty, plugins
 from sidetask_core.testing import squared, tiny_tasks
 
 
@@ -23,6 +23,29 @@ class Copies(Augment):
 def copies(tasks):
     augment = Copies()
     return Method(augment=augment, encoder=Equal(augment.extended(tasks)))
+
+
+class Follower(Equal):
+    followed = ()
+
+    def follow(self, rule):
+        self.followed = (rule,)
+
+
+def follower(tasks, seed=0):
+    return Method(encoder=Follower(tasks), decoder=Equal(tasks))
+
+
+def sure(tasks):
+    return Method(encoder=Equal(tasks), decoder=Uncertainty(tasks))
+
+
+def without_head(tasks, frozen):
+    return Method(augment=FrozenHeads([frozen]), encoder=Equal(tasks), decoder=Equal(tasks))
+
+
+def shaped(tasks):
+    return Method(shapers={"a": Shaper(), "b": Shaper()}, encoder=Equal(tasks))
 
 
 def whole(tasks, weight=0.5):
@@ -125,6 +148,31 @@ def test_slots_that_are_given_alike_share_their_rules(offers):
     assert both.encoder is both.decoder
     other = plugins.make_method({"encoder": "whole", "decoder": {"name": "whole", "weight": 2.0}}, tasks)
     assert other.encoder is not other.decoder
+
+
+def test_what_no_slot_takes_is_not_dropped(offers):
+    tasks = tiny_tasks()
+    offers += [point("without-head", "without_head", "mine"), point("shaped", "shaped", "mine")]
+    frozen = {"name": "without-head", "frozen": "c"}
+    for spec in ({"encoder": frozen}, {"decoder": frozen, "encoder": "plain"}, {"encoder": frozen, "decoder": frozen}):
+        with pytest.raises(ValueError, match=r"'without-head'.* has something for the slot augment, which is lost in"):
+            plugins.make_method(spec, tasks)
+    with pytest.raises(ValueError, match=r"'shaped'.* for the slot shapers, which is lost in the slot encoder alone;"):
+        plugins.make_method({"encoder": "shaped"}, tasks)
+    method = plugins.make_method({"augment": frozen, "encoder": frozen, "decoder": "halves"}, tasks)
+    assert method.augment.names == ("c",)
+    method = plugins.make_method({"shapers": {"a": "shaped"}, "encoder": "shaped"}, tasks)
+    assert list(method.shapers) == ["a"]
+
+
+def test_an_encoder_follows_the_decoders_uncertainty(offers):
+    tasks = tiny_tasks()
+    offers += [point("follower", "follower", "mine"), point("sure", "sure", "mine")]
+    both = plugins.make_method({"encoder": {"name": "follower", "seed": 1}, "decoder": "sure"}, tasks)
+    assert both.encoder.followed == (both.decoder,)
+    assert plugins.make_method({"decoder": "sure", "encoder": "follower"}, tasks).encoder.followed
+    assert not plugins.make_method({"encoder": "follower", "decoder": "halves"}, tasks).encoder.followed
+    assert not plugins.make_method("follower", tasks).encoder.followed
 
 
 def test_specs_that_cannot_be_built(offers):

@@ -70,6 +70,124 @@ def test_a_teacher_is_asked_once(rooms, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test.npz", "train.npz", "validation.npz"]
 
 
+CACHED = {"kind": "segmentation", "threshold": 0.3, "source": "one network"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "found", "expected"),
+    [
+        ({"threshold": 0.4}, "segmentation above 0.3 of one network", "segmentation above 0.4 of one network"),
+        ({"source": "another"}, "segmentation above 0.3 of one network", "segmentation above 0.3 of another"),
+        ({"source": None}, "segmentation above 0.3 of one network", "segmentation above 0.3"),
+        ({"kind": "tokens"}, "segmentation above 0.3 of one network", "tokens of one network"),
+    ],
+)
+def test_labels_that_were_made_otherwise_are_refused(rooms, tmp_path, changes, found, expected):
+    pseudo_label(rooms, tmp_path, Teacher("segmentation"), **CACHED)
+    pseudo_label(rooms, tmp_path, Teacher("segmentation"), **CACHED)
+    asked = {**CACHED, **changes}
+    with pytest.raises(DataError, match=f"train.npz: holds {found}, not {expected}; label into another folder"):
+        pseudo_label(rooms, tmp_path, Teacher(asked["kind"]), **asked)
+    with_pseudo(rooms, {"guess": tmp_path})
+
+
+def test_labels_of_another_hand_are_not_added_to(rooms, write):
+    folder = write()
+    (folder / "test.npz").unlink()
+    with pytest.raises(DataError, match=r"train.npz: holds labels made elsewhere, not segmentation above 0.5"):
+        pseudo_label(rooms, folder, Teacher("segmentation"))
+
+
+class Module(nn.Module):
+    """A network with parts of either mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.Dropout(0.5), nn.Softmax(dim=1))
+        self.layers[2].eval()
+        self.fails = False
+
+    def forward(self, images):
+        assert not any(module.training for module in self.modules())
+        if self.fails:
+            raise RuntimeError("no labels today")
+        return self.layers(images)
+
+
+def test_a_module_labels_in_evaluation_mode_and_is_known_by_what_it_learned(rooms, tmp_path):
+    torch.manual_seed(0)
+    module = Module()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    modes = [part.training for part in module.modules()]
+    pseudo_label(rooms, tmp_path, module, threshold=0.2)
+    assert [part.training for part in module.modules()] == modes
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    pseudo_label(rooms, tmp_path, module, threshold=0.2)
+    other = Module()
+    other.load_state_dict(before)
+    pseudo_label(rooms, tmp_path, other, threshold=0.2)
+    with torch.no_grad():
+        module.layers[0].bias[0] += 1e-6
+    with pytest.raises(DataError, match=r"train.npz: holds .* of Module [0-9a-f]{8}, not .* of Module [0-9a-f]{8};"):
+        pseudo_label(rooms, tmp_path, module, threshold=0.2)
+    module.fails = True
+    with pytest.raises(RuntimeError, match="no labels today"):
+        pseudo_label(rooms, tmp_path / "other", module)
+    assert [part.training for part in module.modules()] == modes
+
+
+def constant(*values):
+    """A teacher that says the same of every pixel."""
+    return lambda x: torch.tensor(values)[None, :, None, None].expand(len(x), -1, *x.shape[-2:])
+
+
+@pytest.mark.parametrize(
+    ("teacher", "options", "message"),
+    [
+        (constant(1.0, 2.0), {}, "probabilities, at least 0, with sum 1 over the classes; found a sum of 3"),
+        (constant(-0.5, 1.5), {}, "at least 0, with sum 1 over the classes; found -0.5"),
+        (constant(numpy.nan, 1.0), {}, "found a sum of nan"),
+        (constant(numpy.inf, 1.0), {}, "found a sum of inf"),
+        (constant(-1.0, 1.0), {}, "found -1"),
+        (lambda x: [0.5, 0.5], {}, "gives a floating tensor of probabilities, found list"),
+        (lambda x: torch.ones(len(x), 1, 12, 16, dtype=torch.long), {}, "floating tensor .* found torch.int64"),
+        (lambda x: torch.ones(len(x), 0), {"kind": "soft"}, "of kind 'soft' has classes, at most 255, found 0"),
+        (lambda x: torch.full((len(x), 256, 12, 16), 1 / 256), {}, "has classes, at most 255, found 256"),
+        (
+            lambda x: torch.full((len(x), 2, 5, 4), 0.5),
+            {"kind": "tokens"},
+            "patches that divide images of 12×16 pixels, found 5×4 patches",
+        ),
+        (
+            lambda x: torch.full((len(x), len(x), 12, 16), 1 / len(x)),
+            {"batch_size": 4},
+            "a teacher has one number of classes, found 4 and then 2",
+        ),
+        (
+            lambda x: torch.full((len(x), len(x)), 1 / len(x)),
+            {"kind": "soft"},
+            "a teacher has one number of classes, found 6 and then 3",
+        ),
+        *(
+            (constant(0.5, 0.5), {"threshold": threshold}, "threshold is a probability, at least 0 and below 1, not")
+            for threshold in (1.0, -0.1, numpy.nan, "0.5", True)
+        ),
+    ],
+)
+def test_what_is_no_probability_is_not_written(rooms, tmp_path, teacher, options, message):
+    with pytest.raises(ValueError, match=message):
+        pseudo_label(rooms, tmp_path, teacher, **options)
+    assert not (tmp_path / "validation.npz").exists()
+
+
+def test_a_teacher_may_abstain(rooms, tmp_path):
+    folder = pseudo_label(rooms, tmp_path / "soft", lambda x: torch.zeros(len(x), 3), kind="soft")
+    assert not with_pseudo(rooms, {"guess": folder}).train[0].targets["guess"].any()
+    folder = pseudo_label(rooms, tmp_path / "pixels", constant(0.0, 0.0), threshold=0)
+    assert (with_pseudo(rooms, {"guess": folder}).train[0].targets["guess"] == -1).all()
+
+
 def test_a_teacher_that_fails_leaves_no_file(rooms, tmp_path):
     with pytest.raises(ValueError, match=r"kind 'tokens' gives probabilities \[6, K, h, w\], found \[6, 5\]"):
         pseudo_label(rooms, tmp_path, Teacher("soft"), kind="tokens")
@@ -127,7 +245,7 @@ def test_a_flip_mirrors_tokens_and_leaves_soft_labels(rooms):
     from sidetask_datasets import Augmentation
 
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.rand(2, 5, 3, 4, generator=generator)
+    tokens = torch.rand(2, 5, 3, 4, generator=generator).softmax(dim=1)
     numbers = torch.zeros(2, 4)
     images = torch.zeros(2, 3, 12, 16)
     targets = {"tokens": tokens, "soft": tokens[:, :, 0, 0]}
@@ -138,6 +256,27 @@ def test_a_flip_mirrors_tokens_and_leaves_soft_labels(rooms):
     _, moved = Augmentation(scales=(2.0,), flip=0.0)(images, targets, {n: n for n in targets}, numbers)
     assert (moved["tokens"] >= tokens.amin(dim=(2, 3), keepdim=True) - 1e-6).all()
     torch.testing.assert_close(moved["tokens"][..., 0, 0], tokens[..., 0, 0])
+
+
+def test_tokens_beside_unlabelled_ones_stay_distributions():
+    """Cropped, a patch mixes with its neighbours: of the labelled ones alone, if they are half of it."""
+    from sidetask_datasets import Augmentation
+
+    tokens = torch.randn(4, 5, 4, 4, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    tokens[..., 2:] = 0
+    places = torch.tensor([0.0, 0.3, 0.5, 0.9])
+    numbers = torch.stack([torch.zeros(4), torch.zeros(4), places, torch.ones(4)], dim=1)
+    crop = Augmentation(scales=(1.5,), flip=0.0)
+    found = crop(torch.zeros(4, 3, 16, 16), {"t": tokens}, {"t": "tokens"}, numbers)[1]["t"]
+    # Between which columns the centres of the new ones lie; the last labelled column is 1.
+    at = (4 - 4 / 1.5) * places[:, None] + 4 / 1.5 * (torch.arange(4) + 0.5) / 4 - 0.5
+    labelled = (2 - at).clamp(0, 1)
+    assert ((labelled > 0.5) & (labelled < 1)).any()
+    assert ((labelled > 0) & (labelled < 0.5)).any()
+    kept = (labelled >= 0.5).float()[:, None].expand(-1, 4, -1)
+    torch.testing.assert_close(found.sum(dim=1), kept)
+    edge = crop(torch.zeros(4, 3, 16, 16), {"t": tokens[..., [0, 1, 1, 1]]}, {"t": "tokens"}, numbers)[1]["t"]
+    torch.testing.assert_close(found, edge * kept[:, None])
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3, 4)])
@@ -196,7 +335,17 @@ def spread(*shape):
         ({"labels": numpy.zeros((6, 16, 12), numpy.uint8)}, "labels of 16×12 pixels, images of 12×16"),
         ({"labels": numpy.full((6, 12, 16), 7, numpy.uint8)}, "class id 7; there are 4 classes"),
         ({"classes": None}, "beside class ids, it needs 'classes', a whole number"),
-        ({"classes": 4.5}, "it needs 'classes', a whole number"),
+        ({"classes": 4.5}, r"'classes' is a whole number, found float64 \[\]"),
+        ({"classes": numpy.arange(3)}, r"'classes' is a whole number, found int64 \[3\]"),
+        ({"classes": 0}, "'classes' is at least 1 and at most 255, found 0"),
+        ({"classes": -3}, "'classes' is at least 1 and at most 255, found -3"),
+        ({"classes": 256}, "'classes' is at least 1 and at most 255, found 256"),
+        ({"images": numpy.arange(3)}, r"'images' is a whole number, found int64 \[3\]"),
+        ({"images": "abc"}, r"'images' is a whole number, found <U3 \[\]"),
+        ({"images": 0.5}, r"'images' is a whole number, found float64 \[\]"),
+        ({"labels": numpy.zeros((6, 0), numpy.float32)}, r"labels \[6, 0\] are empty"),
+        ({"labels": numpy.zeros((6, 3, 0, 0), numpy.float32)}, r"labels \[6, 3, 0, 0\] are empty"),
+        ({"labels": numpy.uint8(3)}, r"labels \[\] of a split of 6 samples"),
         ({"labels": numpy.zeros((6, 12, 16), numpy.int64)}, "labels are uint8 .* found int64"),
         ({"labels": spread(6, 4, 5, 4)}, "5×4 patches do not divide images of 12×16 pixels"),
         ({"labels": spread(6, 4) * 0.5}, "a distribution sums to 0.5, neither to 1 nor, unlabelled, to 0"),
@@ -233,6 +382,28 @@ def test_missing_and_damaged_files_are_named(rooms, write):
     numpy.savez(path, labels=numpy.array([{"an": "object"}] * 3, dtype=object))
     with pytest.raises(DataError, match=r"validation.npz: cannot be read"):
         with_pseudo(rooms, {"guess": folder})
+    with path.open("wb") as file:
+        numpy.save(file, numpy.zeros((3, 12, 16), numpy.uint8))
+    with pytest.raises(DataError, match=r"validation.npz: cannot be read as an archive of arrays: it holds a single"):
+        with_pseudo(rooms, {"guess": folder})
+
+
+def test_whatever_byte_is_damaged_the_file_is_named(rooms, write):
+    """Above all those of the directory: flags, versions and kinds of compression that zip files may have."""
+    folder = write()
+    path = folder / "train.npz"
+    whole = path.read_bytes()
+    directory = whole.rindex(b"PK\1\2")
+    said = []
+    for place in (*range(40), *range(directory, len(whole))):
+        for value in (1, 99, 255):
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            try:
+                with_pseudo(rooms, {"guess": folder})
+            except DataError as error:
+                said.append(str(error))
+    assert len(said) > 50
+    assert all(message.startswith(str(path)) for message in said)
 
 
 def test_labels_of_other_images_are_refused(rooms, tmp_path):
@@ -267,9 +438,14 @@ def test_whole_images_have_soft_labels_only(tmp_path):
     data = digits(train=6, validation=3, test=3)
     folder = pseudo_label(data, tmp_path / "soft", lambda x: torch.full((len(x), 4), 0.25), kind="soft")
     assert with_pseudo(data, {"guess": folder}).train[0].targets["guess"].shape == (1, 4)
-    folder = pseudo_label(data, tmp_path / "tokens", lambda x: torch.full((len(x), 4, 6, 6), 0.25), kind="tokens")
+    for kind in ("tokens", "segmentation"):
+        with pytest.raises(ValueError, match="'digits' labels whole images, and so may its pseudo tasks: kind 'soft'"):
+            pseudo_label(data, tmp_path / kind, lambda x: torch.full((len(x), 4, 6, 6), 0.25), kind=kind)
+        assert not (tmp_path / kind).exists()
+    for name in SPLITS:
+        numpy.savez(tmp_path / f"{name}.npz", labels=spread(len(getattr(data, name)), 4, 6, 6))
     with pytest.raises(ValueError, match="labels whole images, and so may its pseudo tasks"):
-        with_pseudo(data, {"guess": folder})
+        with_pseudo(data, {"guess": tmp_path})
 
 
 def test_from_names_alone(tmp_path):
@@ -282,6 +458,12 @@ def test_from_names_alone(tmp_path):
         build({"size": [12, 16]}, {})
     with pytest.raises(MissingKey, match="no installed package offers a dataset 'rooms'"):
         build("rooms", {})
+    for of in (None, 3, ["scenes"]):
+        with pytest.raises(TypeError, match="of: a dataset's name, or a mapping with its name and options, found"):
+            build(of, {})
+    for labels in (["guess"], "guess", {"guess": 3}, {3: "guess"}, None):
+        with pytest.raises(TypeError, match="labels: a mapping of pseudo tasks' names to the folders of their labels"):
+            build({"name": "scenes", **options}, labels)
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "soft", "tokens"])

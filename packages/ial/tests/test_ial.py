@@ -167,8 +167,9 @@ def test_no_auxiliary_gradient_is_longer_than_the_primarys():
         least = min(least, 1 / (1 + sum(found.values())))
         assert least >= 1 / 3
     # The bound is met where both are known for certain.
-    assert shares((0.5, 1e-8, 1e-8), (1.0, 1.0, 1.0), batches(1)[0]) == pytest.approx({"b": 1.0, "c": 1.0})
-    assert shares((0.5, 1e-8, 1e-8), (1.0, 1.0, 1.0), batches(1)[0], "ac") == pytest.approx({"b": 1.0})
+    certain = pytest.approx({"b": 1.0, "c": 1.0}, abs=4e-4)
+    assert shares((0.5, 1e-8, 1e-8), (1.0, 1.0, 1.0), batches(1)[0]) == certain
+    assert shares((0.5, 1e-8, 1e-8), (1.0, 1.0, 1.0), batches(1)[0], "ac") == pytest.approx({"b": 1.0}, abs=4e-4)
 
 
 @pytest.mark.parametrize("k", [1e-6, 0.3, 50.0, 1e6])
@@ -308,7 +309,7 @@ def test_speed_is_how_far_the_primary_has_fallen_beside_a_task():
 
 def test_a_task_without_labels_at_first_starts_when_they_come():
     rule = ImpartialEncoder(tiny_tasks(), measure="speed")
-    assert measured(rule, Given((4.0, 0.0, 3.0), labels=(True, False, True))) == [1, 1]
+    assert measured(rule, Given((4.0, 0.0, 3.0), labels=(True, False, True))) == [0, 1]
     assert measured(rule, Given((2.0, 8.0, 3.0))) == [0.5, 0.5]
     assert measured(rule, Given((1.0, 4.0, 3.0))) == [0.5, 0.25]
     without = Given((0.0, 4.0, 3.0), labels=(False, True, True), rows=((0.0, 0.0), (1.0, 0.0), (1.0, 0.0)))
@@ -345,6 +346,46 @@ def test_fixed_measures_and_functions():
     ):
         rule = ImpartialEncoder(tiny_tasks(), measure=measure, align=align)
         assert rule(Given((1.0, 2.0, 1.0), rows=rows)).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        (0.5, TypeError, r"measure gives a floating tensor \[3\], found float"),
+        (torch.ones(3, dtype=torch.long), TypeError, r"measure gives a floating tensor \[3\], found torch.int64"),
+        (torch.ones(2), ValueError, r"measure gives a tensor \[3\], found \[2\]"),
+        (torch.tensor(0.5), ValueError, r"measure gives a tensor \[3\], found \[\]"),
+    ],
+    ids=str,
+)
+def test_a_function_that_gives_something_else(found, error, message):
+    rule = ImpartialEncoder(tiny_tasks(), measure=lambda signals: found)
+    with pytest.raises(error, match=message):
+        rule(Given())
+
+
+def test_what_a_function_gives_is_cut():
+    rows = ((2.0, 0.0), (1.0, 0.0), (0.0, 8.0))
+    for found, expected in (((9.0, 3.0, -1.0), [1, 2, 0]), ((math.nan, math.nan, math.inf), [1, 0, 0.25])):
+        rule = ImpartialEncoder(tiny_tasks(), measure=lambda signals, found=found: torch.tensor(found))
+        assert rule(Given(rows=rows)).tolist() == expected
+    rule = with_sigma(tiny_tasks(), (1.0, 0.5, 3.0), activation=lambda x: 4 * x, align=False).encoder
+    assert rule(Given(rows=rows)).tolist() == pytest.approx([1, 1, 0])
+
+
+@pytest.mark.parametrize("align", [True, False])
+@pytest.mark.parametrize("measure", MEASURES, ids=str)
+def test_without_labels_there_is_nothing_to_weigh(measure, align):
+    """Whatever features of a batch would give; no gradient has to be looked at for it."""
+    ordinary = (1.0, 1.0)
+    for labels, expected in (((True, True, False), [1, 0]), ((False, True, True), [0, 0])):
+        rule = ImpartialEncoder(tiny_tasks(), measure=measure, align=align)
+        found = rule(Given(rows=(ordinary,) * 3, labels=labels))
+        assert found[0] == 1
+        assert [int(w > 0) for w in found[1:]] == expected
+    both = ImpartialEncoder(tasks_with("ab"), measure=measure, align=align)
+    assert (both(Given(rows=(ordinary,) * 3, labels=(False, True, True))) > 0).all()
+    assert both(Given(rows=(ordinary,) * 3, labels=(False, False, True)))[2] == 0
 
 
 def test_uncertainty_without_alignment_is_f():
@@ -444,23 +485,44 @@ def test_two_primaries_in_two_processes():
 
 def test_both_halves_share_one_uncertainty():
     tasks = tiny_tasks()
-    for method in (ial(tasks), make_method({"encoder": "ial", "decoder": {"name": "ial"}}, tasks)):
+    softly = {
+        "encoder": {"name": "ial", "activation": "softplus", "init": 2.0},
+        "decoder": {"name": "ial", "init": -3.0},
+    }
+    for spec in ("ial", {"encoder": "ial", "decoder": {"name": "ial"}}, softly):
+        method = make_method(spec, tasks)
         assert method.encoder.uncertainty is method.decoder
         step = Step(problem(), tasks, method)
         assert list(step.rule_parameters()) == [method.decoder.log_variance]
+    assert (method.decoder.log_variance == -3).all()
+    cosine = make_method({"encoder": {"name": "ial", "measure": "cosine"}, "decoder": "ial"}, tasks)
+    assert cosine.encoder.uncertainty is None
     assert {name: home for name, home in installed("methods").items() if name == "ial"} == {"ial": "sidetask-ial"}
 
 
-def test_a_shared_uncertainty_is_one_after_resuming(tmp_path):
+SLOTS = {"encoder": {"name": "ial", "activation": "softplus"}, "decoder": "ial"}
+
+
+@pytest.mark.parametrize("spec", ["ial", SLOTS], ids=["whole", "slots"])
+def test_a_shared_uncertainty_resumes_as_one_bit_for_bit(tmp_path, spec):
     tasks, data = tiny_tasks(), batches(6)
-    step = Step(problem(), tasks, ial(tasks))
-    train(step, data[:3])
-    torch.save(step.state_dict(), tmp_path / "state.pt")
-    other = Step(problem(), tasks, ial(tasks))
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert other.encoder.uncertainty is other.decoder
-    assert torch.equal(other.decoder.log_variance, step.decoder.log_variance)
-    assert not torch.equal(other.decoder.log_variance, ial(tasks).decoder.log_variance)
+
+    def start():
+        step = Step(problem(), tasks, make_method(spec, tasks))
+        return step, torch.optim.Adam(step.parameters(), lr=0.01)
+
+    (whole, its_optimizer), (half, half_optimizer), (resumed, optimizer) = start(), start(), start()
+    train(whole, data, its_optimizer)
+    train(half, data[:3], half_optimizer)
+    torch.save([half.state_dict(), half_optimizer.state_dict()], tmp_path / "state.pt")
+    state, of_optimizer = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(state)
+    optimizer.load_state_dict(of_optimizer)
+    train(resumed, data[3:], optimizer)
+    assert resumed.encoder.uncertainty is resumed.decoder
+    for (name, found), expected in zip(resumed.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    assert not torch.equal(resumed.decoder.log_variance, half.decoder.log_variance)
 
 
 def test_beside_a_decoder_without_uncertainty_the_encoder_learns_the_same_sigma():
@@ -531,6 +593,14 @@ def test_a_primary_alone_is_trained_as_ever():
         ({"measure": {"a": 1, "b": 1, "c": 1}}, MissingKey, "'a' is no auxiliary task; the auxiliary tasks are: b, c"),
         ({"activation": "relu6"}, ValueError, "activation must be one of relu, softplus, sigmoid or a function"),
         ({"align": "off"}, ValueError, "align is true or false, not 'off'"),
+        ({"measure": math.nan}, ValueError, "fixed weight of 'b' must be finite, not nan"),
+        ({"measure": {"b": "x", "c": 1}}, TypeError, "fixed weight of 'b' is a number, not 'x'"),
+        ({"init": math.nan}, ValueError, "init must be finite, not nan"),
+        ({"init": "low"}, TypeError, "init is a number, not 'low'"),
+        ({"activation": lambda x: x * math.nan}, ValueError, r"activation gives \[nan, nan, nan, nan\] for 1 − σ = "),
+        ({"activation": lambda x: x[:2]}, ValueError, r"activation gives a tensor \[4\], found \[2\]"),
+        ({"activation": lambda x: 0.5}, TypeError, r"activation gives a floating tensor \[4\], found float"),
+        ({"frozen": "c"}, TypeError, "heads to freeze are a list of tasks' names, found 'c'"),
     ],
 )
 def test_bad_options_are_named(options, error, message):

@@ -111,6 +111,35 @@ def compare(
         raise typer.Exit(1)
 
 
+@app.command("table")
+@_reported
+def paper_table(
+    experiment: Source,
+    assignments: Assignments = None,
+    small: Annotated[bool, typer.Option("--small", help="Run EXPERIMENT-small, which takes minutes.")] = False,
+    runs: Runs = Path("runs"),
+    jobs: Jobs = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run a paper's table, or go on with it, and print it beside the paper's figures, each size in its own columns."""
+    from sidetask_bench import papers
+
+    sizes = papers.sizes(experiment, assignments or ())
+    chosen = sizes[-1 if small else 0]
+    words = ["sidetask", "table", experiment, *(word for each in assignments or () for word in ("--set", each))]
+    command = shlex.join([*words, "--small"] if small else words)
+    console = _console()
+    failed = _compare(chosen, runs / chosen.name, jobs, overwrite, command, console)
+    if parallel.rank() == 0:
+        table = papers.Table.of(sizes, runs)
+        console.print(table.terminal())
+        path = runs / chosen.name / "paper.md"
+        table.write(path)
+        console.print(f"table: {path}", soft_wrap=True, markup=False, highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
 @app.command()
 @_reported
 def demo(
@@ -212,6 +241,24 @@ def _leave_out(failed: Mapping[str, str]) -> None:
     for names, error in failed.items():
         typer.echo(f"left out: {names}: {error}", err=True)
     if failed:
+        raise typer.Exit(1)
+
+
+@app.command("watch")
+@_reported
+def watch_runs(
+    folder: Annotated[Path, typer.Argument(help="Of a run, or of several.")],
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Write TensorBoard scalars of what there is and of what comes into this folder.")
+    ] = None,
+) -> None:
+    """Follow runs that another process trains, until none goes on."""
+    from sidetask_bench.watch import watch
+
+    stopped = watch(folder, ConsoleDisplay(_console()), tensorboard=tensorboard)
+    for name in stopped:
+        typer.echo(f"{name} has stopped without a result; the command that began it goes on with it", err=True)
+    if stopped:
         raise typer.Exit(1)
 
 

@@ -161,6 +161,19 @@ class RunConfig:
         return f"{self.row}/seed{self.seed}"
 
 
+@dataclass(frozen=True)
+class Paper:
+    """What a paper reports of an experiment's rows, to be shown beside what they give here.
+
+    `improvement` is in percent over the paper's single-task learning, `time` a step's in units of equal weighting's.
+    """
+
+    source: str
+    size: str
+    improvement: Mapping[str, float] = field(default_factory=dict)
+    time: Mapping[str, float] = field(default_factory=dict)
+
+
 ROW_KEYS = ("network", "method", "training")
 BASE = "base"
 LARGEST_SEED = 2**32 - 1  # what every library's generator takes
@@ -175,7 +188,9 @@ class Experiment:
     ``{network: {cut: 0}}``: networks that share nothing. `baseline` is the row that relative improvement is
     measured against, the first one by default; `improvement` is one of the definitions of
     `sidetask_core.relative_improvement`. `breakdown` says of tasks by the classes of which other task their headline
-    metric is shown too: ``{depth: {by: segmentation}}`` (`sidetask_bench.breakdown`).
+    metric is shown too: ``{depth: {by: segmentation}}`` (`sidetask_bench.breakdown`). `fronts` name rows that together
+    trace a trade-off between tasks, in their order: ``{pareto: [pareto-0, pareto-1]}``; they are drawn as one line.
+    `paper` has the figures that ``sidetask table`` sets beside those of here.
     """
 
     name: str
@@ -188,6 +203,8 @@ class Experiment:
     baseline: str | None = None
     improvement: Literal["mean-of-tasks", "one-metric", "flat"] = "mean-of-tasks"
     breakdown: Mapping[str, Breakdown] = field(default_factory=dict)
+    fronts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    paper: Paper | None = None
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.rows):
@@ -198,8 +215,24 @@ class Experiment:
         _check_seeds(self.seeds)
         if self.baseline is not None and self.baseline not in self.rows:
             raise unknown(self.baseline, self.rows, "baseline", "row")
+        for front, rows in self.fronts.items():
+            for row in rows:
+                if row not in self.rows:
+                    raise unknown(row, self.rows, f"fronts.{front}", "row")
         for row in self.rows:
             self.run(row, self.seeds[0])
+        for figures, key in ((self.paper.improvement, "improvement"), (self.paper.time, "time")) if self.paper else ():
+            for row in figures:
+                if row not in self.rows:
+                    raise unknown(row, self.rows, f"paper.{key}", "row")
+
+    @property
+    def size(self) -> str:
+        """Data, network and length of training in one line."""
+        options = {key: value for key, value in self.dataset.options.items() if key not in ("root", "cache")}
+        data = ", ".join(f"{key} {_short(value)}" for key, value in options.items())
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
+        return f"{self.dataset.name} ({data}), {self.network.name}, {self.training.epochs} epochs, {seeds}"
 
     def run(self, row: str | None, seed: int) -> RunConfig:
         """The run of one row and seed; row None (or ``base``) is the experiment without any row's changes.
@@ -277,6 +310,10 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
         for key in dict.fromkeys([*before, *after])
         if before.get(key, missing) != after.get(key, missing)
     ]
+
+
+def _short(value: Any) -> str:
+    return "×".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:

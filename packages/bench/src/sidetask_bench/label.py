@@ -31,7 +31,7 @@ def label(
 ) -> Path:
     """Let the chosen network of a run label images, for `sidetask_datasets.with_pseudo` and the dataset ``pseudo``.
 
-    Splits whose file is there are not labelled again.
+    Splits whose file is there are not labelled again, if the same network labelled them in the same way.
 
     Args:
         run: the folder of a run.
@@ -49,9 +49,9 @@ def label(
 
     Raises:
         ExperimentError: for a run or task that is not there, a task without classes, images of another size than the
-            network's, or files that do not fit.
+            network's, patches that do not divide them, or files that do not fit or were made otherwise.
     """
-    from sidetask_datasets import pseudo_label
+    from sidetask_datasets import fingerprint, pseudo_label
 
     config, dataset, model = load_run(run)
     if task not in model.heads:
@@ -65,6 +65,10 @@ def label(
         raise ExperimentError(
             f"{run}: its network sees images {list(dataset.input_shape)}, those to label are {list(images.input_shape)}"
         )
+    height, width = images.input_shape[-2:]
+    if kind == "tokens" and (patch < 1 or height % patch or width % patch):
+        raise ExperimentError(f"--patch: patches of {patch}×{patch} do not divide images of {height}×{width} pixels")
+    source = f"task {task!r} of {fingerprint(model)}" + (f" in patches of {patch}" if kind == "tokens" else "")
     device = find_device(config.training.device)
     model = model.to(device)
 
@@ -75,4 +79,6 @@ def label(
         return F.avg_pool2d(scores, patch) if kind == "tokens" else scores
 
     with blaming("labels", str(folder)):
-        return pseudo_label(images.to(device), folder, teach, kind=kind, threshold=threshold, batch_size=batch_size)
+        return pseudo_label(
+            images.to(device), folder, teach, kind=kind, threshold=threshold, source=source, batch_size=batch_size
+        )

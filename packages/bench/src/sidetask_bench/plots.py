@@ -38,6 +38,7 @@ DPI = 150
 # black would vanish on a dark page. Past the last colour they begin again with another dash.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46")
 _COLOURS_ON_DARK = ("#4DA3DB", "#F0803C", "#2CC295", "#DE96BC", "#F0B43C", "#8CCFF2", "#C2A27A")
+_MARKERS = ("o", "s", "D", "^")
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 
@@ -175,6 +176,60 @@ def curve_panels(
             draw = partial(_lines, curves=of_task, places=places, x="epoch", y=label(task))
             panels.append(Panel(task.name, draw, _ends_in_words("at the end", of_task)))
     return panels
+
+
+def trade_off_panels(comparison: Comparison, label: Callable[[TaskRecord], str]) -> list[Panel]:
+    """The headline metric of one task against another's: a point per row, a line per front; better is up and right."""
+    tasks = [task for task in comparison.tasks if task.headline is not None]
+    panels = []
+    for one, other in itertools.combinations(tasks, 2):
+        points = {row.name: (_of_seeds(row, one), _of_seeds(row, other)) for row in comparison.rows}
+        points = {name: xy for name, xy in points.items() if np.isfinite(np.stack(xy)).all()}
+        if len(points) > 1:
+            draw = partial(_trade_off, comparison=comparison, points=points, tasks=(one, other), label=label)
+            words = [f"{name} {x.mean():.4g} and {y.mean():.4g}" for name, (x, y) in points.items()]
+            panels.append(Panel(f"{one.name} and {other.name}", draw, "; ".join(words), right=1.4))
+    return panels
+
+
+def _of_seeds(row: RowRecord, task: TaskRecord) -> Matrix:
+    """A row's headline metric of a task, of every seed."""
+    values = [run["test"][task.name][task.headline] for run in row.runs]
+    return np.array([math.nan if value is None else float(value) for value in values])
+
+
+def _trade_off(
+    ax: Axes,
+    comparison: Comparison,
+    points: Mapping[str, tuple[Matrix, Matrix]],
+    tasks: tuple[TaskRecord, TaskRecord],
+    label: Callable[[TaskRecord], str],
+) -> None:
+    ax.set_xlabel(f"{_short(tasks[0].name)}: {label(tasks[0])}", color=LIGHT.muted, fontsize=9)
+    ax.set_ylabel(f"{_short(tasks[1].name)}: {label(tasks[1])}", color=LIGHT.muted, fontsize=9)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    places = {row.name: index for index, row in enumerate(comparison.rows)}
+    fronts = {name: [row for row in rows if row in points] for name, rows in comparison.fronts.items()}
+    alone = [name for name in points if not any(name in rows for rows in fronts.values())]
+    for task, axis in zip(tasks, (ax.xaxis, ax.yaxis), strict=True):
+        axis.set_inverted(task.headline is not None and not task.metrics[task.headline])
+    ends = []
+    for name, rows in {**{name: [name] for name in alone}, **fronts}.items():
+        if not rows:
+            continue
+        colour = LIGHT.line(places[rows[0]])["color"]
+        marker = _MARKERS[places[rows[0]] // len(LIGHT.colours) % len(_MARKERS)]
+        means = np.array([[x.mean() for x in points[row]] for row in rows])
+        for row, (x, y) in zip(rows, means, strict=True):
+            if len(points[row][0]) > 1:
+                spread = [values.std(ddof=1) for values in points[row]]
+                ax.errorbar(x, y, yerr=spread[1], xerr=spread[0], color=colour, linewidth=0.8, alpha=0.5)
+        ax.plot(*means.T, marker=marker, color=colour, markersize=5.5, linewidth=1.2 if len(rows) > 1 else 0)
+        # A front is named at the end that is nearer to the names.
+        end = max(means, key=lambda point: -point[0] if ax.xaxis.get_inverted() else point[0])
+        ends.append((name, float(end[0]), float(end[1]), colour))
+    _name_ends(ax, ends)
 
 
 def relations_panel(tasks: Sequence[str], improvement: Matrix) -> Panel:

@@ -97,14 +97,18 @@ class ConsoleDisplay(Display):
 
 
 def describe(latest: Mapping[str, Any]) -> str:
-    """One line of the newest losses, each with its encoder weight where there is one.
+    """One line of the newest losses, each with its encoder weight where there is one; speed and memory if known.
 
-    >>> describe({"losses": {"depth": 0.4, "seg": 1.2}, "encoder": {"depth": 1.1, "seg": 0.9}})
-    'depth 0.400 ×1.10  seg 1.200 ×0.90'
+    >>> describe({"losses": {"depth": 0.4, "seg": 1.2}, "encoder": {"depth": 1.1, "seg": 0.9}, "memory_bytes": 2**29})
+    'depth 0.400 ×1.10  seg 1.200 ×0.90  0.50 GiB'
     """
     weights = latest.get("encoder") or latest.get("decoder") or {}
     parts = []
     for name, loss in latest.get("losses", {}).items():
         weight = weights.get(name)
         parts.append(f"{name} {loss:.3f}" + (f" ×{weight:.2f}" if weight is not None else ""))
+    if speed := latest.get("samples_per_second"):
+        parts.append(f"{speed:.3g}/s")
+    if memory := latest.get("memory_bytes"):
+        parts.append(f"{memory / 2**30:.2f} GiB")
     return "  ".join(parts)

@@ -90,6 +90,12 @@ class Comparison:
     mixed_versions: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     @property
+    def fronts(self) -> dict[str, list[str]]:
+        """Rows that together trace a trade-off between tasks, of those that finished."""
+        done = {row.name for row in self.rows}
+        return {name: [row for row in rows if row in done] for name, rows in self.config.get("fronts", {}).items()}
+
+    @property
     def seeds(self) -> int:
         """The seeds of the row that has most."""
         return max(len(row.runs) for row in self.rows)

@@ -92,6 +92,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         "losses": plots.curve_panels(comparison, records.losses(comparison), lambda task: "training loss"),
         "validation": plots.curve_panels(comparison, records.validation(comparison), _headline_label),
     }
+    groups["trade_offs"] = plots.trade_off_panels(comparison, _headline_label) if len(comparison.tasks) <= 3 else []
     groups["shapers"] = plots.shaper_panels(records.shaper_weights(comparison))
     broken_down = records.by_class(comparison)
     titles = dict(_TITLES)
@@ -142,6 +143,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
 
 _TITLES = {
     "improvement": "relative improvement on the test split (bar: mean, whisker: ± std over seeds)",
+    "trade_offs": "one task against another on the test split (cross: ± std over seeds)",
     "weights": "weights in the encoder over training",
     "transfers": "coefficients of tasks (diagonal) and transfers over training, on one scale",
     "sharing": "the headline metric by how many stages are shared (band: ± std over seeds)",

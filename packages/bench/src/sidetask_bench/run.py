@@ -9,6 +9,7 @@ A run's folder holds
   gradients at it, if the method reads them;
 - ``checkpoint.pt``: everything the next step depends on; ``best.pt``: the network of the chosen epoch, without the
   heads that a method added for training;
+- ``status.json``: where it is, at most half a second ago, for who watches;
 - ``result.json``: the test metrics, written last: a run that has it is finished.
 """
 
@@ -36,7 +37,7 @@ from sidetask_bench.trainer import Trainer
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
 
-_FILES = ("config.yaml", "metrics.jsonl", "weights.jsonl", "checkpoint.pt", "best.pt", "result.json")
+_FILES = ("config.yaml", "metrics.jsonl", "weights.jsonl", "checkpoint.pt", "best.pt", "status.json", "result.json")
 _FORMAT = 2
 _FLUSH_SECONDS = 0.5
 
@@ -167,6 +168,7 @@ class _Run:
     def _train_epoch(self) -> None:
         trainer, training = self.trainer, self.config.training
         started = flushed = time.perf_counter()
+        seen = trainer.total
         for values in trainer.steps():
             if not self.main:
                 if training.checkpoint_every and trainer.total % training.checkpoint_every == 0:
@@ -175,16 +177,28 @@ class _Run:
             self.log.add({"step": trainer.total - 1, "epoch": trainer.epoch}, values)
             now = time.perf_counter()
             if now - flushed > _FLUSH_SECONDS:
-                self.log.flush()
-                self.display.show(self.name, trainer.total, trainer.epoch, training.epochs, self.log.latest)
-                flushed = now
+                self._show((trainer.total - seen) / (now - flushed))
+                flushed, seen = now, trainer.total
             if training.checkpoint_every and trainer.total % training.checkpoint_every == 0:
                 started = self._count_seconds(started)
                 self._save()
         if self.main:
-            self.log.flush()
-            self.display.show(self.name, trainer.total, trainer.epoch, training.epochs, self.log.latest)
-            self._count_seconds(started)
+            now = self._count_seconds(started)
+            self._show((trainer.total - seen) / max(now - flushed, 1e-9))
+
+    def _show(self, steps_per_second: float) -> None:
+        """Write the journal, and tell the display and those who watch where the run is."""
+        trainer, training = self.trainer, self.config.training
+        self.log.flush()
+        latest = {
+            **self.log.latest,
+            "samples_per_second": steps_per_second * training.batch_size * training.accumulate,
+            "memory_bytes": runtime.memory_bytes(self.device),
+        }
+        steps = training.epochs * trainer.steps_per_epoch
+        status = {"step": trainer.total, "steps": steps, "epoch": trainer.epoch, "epochs": training.epochs}
+        storage.write_json(self.folder / "status.json", {**status, "latest": latest}, durable=False)
+        self.display.show(self.name, trainer.total, trainer.epoch, training.epochs, latest)
 
     def _close_epoch(self) -> None:
         trainer, training = self.trainer, self.config.training

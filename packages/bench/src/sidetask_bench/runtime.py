@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import random
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -108,6 +109,18 @@ def find_device(name: str, path: str = "training.device") -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ExperimentError(f"{path}: {name!r} cannot be used here: {first_line(error)}") from error
     return device
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """The most memory that was held so far: of the device, or of this process where that is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def random_state(device: torch.device) -> list[dict[str, Any]]:

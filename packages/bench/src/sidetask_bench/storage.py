@@ -21,21 +21,23 @@ except ImportError:  # Windows has no advisory locks of this kind
     fcntl = None  # type: ignore[assignment]
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, durable: bool = True) -> None:
     """Give `path` new content: readers, and a process killed at any moment, see all of the old or all of the new.
 
     Args:
         path: the file; its folder is created.
         write: called with a binary file open for writing.
+        durable: also after a power failure; a file that is soon replaced needs not be, and is written faster.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("wb") as file:
         write(file)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     temporary.replace(path)
-    if os.name == "posix":  # the rename itself is durable only once the folder is
+    if durable and os.name == "posix":  # the rename itself is durable only once the folder is
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -43,14 +45,23 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.close(folder)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write text atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()), durable=durable)
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any, *, durable: bool = True) -> None:
     """Write JSON atomically; NaN and infinities, which JSON lacks, become null."""
-    write_text(path, json.dumps(_finite(plain(data)), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_finite(plain(data)), indent=2, allow_nan=False) + "\n", durable=durable)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote; None if there is no such file."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    return found
 
 
 def write_tensors(path: Path, data: Mapping[str, Any]) -> None:
@@ -87,6 +98,19 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ExperimentError(f"another process is training in {folder}") from error
         yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains in a folder, as far as can be said here."""
+    path = folder / ".lock"
+    if fcntl is None or not path.exists():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 class Journal:
@@ -126,11 +150,12 @@ class Journal:
             with self.path.open("rb+") as file:
                 file.truncate(size)
 
-    def read(self) -> list[dict[str, Any]]:
-        """All records."""
+    def read(self, *, partial: bool = False) -> list[dict[str, Any]]:
+        """All records; with `partial`, without a last line that another process has not finished."""
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+        lines = self.path.read_text("utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n") or not partial]
 
 
 class StepLog:

@@ -27,8 +27,8 @@ def terminal(comparison: Mapping[str, Any]) -> Table:
 def markdown(comparison: Mapping[str, Any]) -> str:
     """Every metric of every task, as a Markdown table."""
     head, rows = _cells(comparison, headline=False)
-    lines = [f"# {comparison['name']}", "", _line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
-    lines += [_line(row) for row in rows]
+    lines = [f"# {comparison['name']}", "", line(head), line(["---"] + ["---:"] * (len(head) - 1))]
+    lines += [line(row) for row in rows]
     return "\n".join([*lines, "", _caption(comparison), *mixed_versions(comparison["mixed_versions"]), ""])
 
 
@@ -129,5 +129,6 @@ def _caption(comparison: Mapping[str, Any]) -> str:
     return f"{caption} –: undefined in at least one seed, so that there is no mean." if gaps else caption
 
 
-def _line(cells: list[str]) -> str:
+def line(cells: list[str]) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"

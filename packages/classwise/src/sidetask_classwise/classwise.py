@@ -32,10 +32,10 @@ class ClassWise(Shaper):
       itself, of all classes from one derivative (`Signals.lookahead_elements`). L_main is the loss on a validation
       batch, or with ``probe="next"`` on the next training batch (`Signals.hindsight_elements`).
 
-    New weights hold from the next step on. An element without a label, or with a label that no class has, belongs to no
-    class: it has weight 1 and teaches nothing. A class keeps weight and moments if it is absent from the batch (for a
-    difference: from one of the two, among the labelled points of either task), and where its estimate is zero or not
-    finite.
+    New weights hold from the next step on. An element without a label, which negative labels, 255 and a continuous NaN
+    say too, belongs to no class: it has weight 1 and teaches nothing. A class keeps weight and moments if it is absent
+    from the batch (for a difference: from one of the two, among the labelled points of either task), and where its
+    estimate is zero or not finite.
 
     Args:
         main: the task that is to profit.
@@ -54,7 +54,9 @@ class ClassWise(Shaper):
         eps: added to ΔL_aux; 1e-8.
 
     Raises:
-        ValueError: for an option that is out of its range or belongs to the other estimator.
+        ValueError: for an option that is out of its range or belongs to the other estimator; from the step, for a label
+            beyond the classes (on a device, where that would mean waiting for it, in the first update only), or if a
+            lookahead is given no validation batch or optimizer.
 
     A state of other classes, or of another order, is taken over by name: a class that is new starts at 1.
 
@@ -110,14 +112,16 @@ class ClassWise(Shaper):
         self.binned = edges is not None
         self.register_buffer("edges", torch.tensor(edges or (), dtype=torch.float64), persistent=False)
         self.register_buffer("weights", torch.ones(count, dtype=torch.float64))
-        # Over the window, by class, with columns for what has none before the first and after the last: of a difference
-        # main loss, main points, auxiliary loss, auxiliary points; of a lookahead slopes and points.
+        # Over the window, by class, with a column for what has none before the first, and for labels beyond the last
+        # after it: of a difference main loss, main points, auxiliary loss, auxiliary points; of a lookahead slopes and
+        # points.
         rows = 4 if estimator == "difference" else 2
         self.register_buffer("sums", torch.zeros(rows, count + 2, dtype=torch.float64))
         # The window before: L_main^c and L_aux, infinite where there were no points.
         self.register_buffer("before", torch.full((count,), torch.inf, dtype=torch.float64))
         self.register_buffer("loss_before", torch.full((), torch.inf, dtype=torch.float64))
         self.batches = 0
+        self.checked = False
         self.register_load_state_dict_pre_hook(_by_name)
 
     def forward(self, losses: Any, target: Any) -> Tensor:
@@ -137,9 +141,12 @@ class ClassWise(Shaper):
     def update(self, signals: Signals) -> None:
         """Learn from a step; does nothing before the epoch `warmup`, and between every n-th step."""
         signals.target(self.main)
+        if self.estimator == "lookahead":
+            signals.expect(validation=self.probe == "validation")
         if signals.epoch < self.warmup or signals.iteration % self.every:
             return
         found = self._class_losses(signals) if self.estimator == "difference" else self._slopes(signals)
+        self._check(found[-1])
         self.sums = self.sums + found.to(self.sums)
         self.batches += 1
         if self.batches == self.window:
@@ -148,6 +155,17 @@ class ClassWise(Shaper):
             moved = self.adam(self.weights, torch.where(present, estimate, 0.0), present)
             self.weights = moved.clamp(min=0)
             self.sums, self.batches = torch.zeros_like(self.sums), 0
+
+    def _check(self, elements: Tensor) -> None:
+        """Refuse labels beyond the classes, of which `elements` has the number last."""
+        if self.checked and elements.device.type != "cpu":
+            return
+        self.checked = True
+        if elements[-1] > 0:
+            raise ValueError(
+                f"task {self.auxiliary!r} has labels beyond its {len(self.classes)} classes, "
+                f"{self.classes[0]} to {self.classes[-1]}; negative labels and 255 say that there is none"
+            )
 
     def _class_losses(self, signals: Signals) -> Tensor:
         """Sum and number of both tasks' element losses by class of the auxiliary, over all processes ``[4, C + 2]``."""
@@ -201,20 +219,21 @@ class ClassWise(Shaper):
         return torch.nn.functional.pad(self.weights, (1, 1), value=1.0)
 
     def _columns(self, labels: Any) -> Tensor:
-        """The class of every label counted from 1, 0 or C + 1 for those that have none."""
+        """The class of every label counted from 1; 0 for those that have none, C + 1 for those beyond the last."""
         if not isinstance(labels, Tensor):
             raise TypeError(f"the labels of task {self.auxiliary!r} must be a tensor, found {type(labels).__name__}")
         count = len(self.classes)
         if self.binned:
-            values = labels.detach() if labels.is_floating_point() else labels.to(self.edges)
+            values = (labels.detach() if labels.is_floating_point() else labels.to(self.edges)).contiguous()
             bins = torch.bucketize(values, self.edges.to(values), right=True)
-            return torch.where(values.isnan(), count, bins) + 1
+            return torch.where(values.isnan(), 0, bins + 1)
         if labels.is_floating_point():
             raise TypeError(
                 f"task {self.auxiliary!r}: classes need labels of whole numbers, found {labels.dtype}; give bins for "
                 "continuous labels: classes={'by': 'uniform', 'low': 0, 'high': 10, 'bins': 5}"
             )
-        return labels.long().clamp(-1, count) + 1
+        places = labels.long()
+        return torch.where((places == 255) & (count <= 255), -1, places).clamp(-1, count) + 1
 
     def _fitted(self, columns: Tensor, losses: Tensor, task: str) -> Tensor:
         """The same in the shape of element losses: classes of samples or pixels hold for all that belongs to them."""
@@ -323,7 +342,8 @@ def classwise(
 
     Raises:
         MissingKey: for a task that does not exist.
-        ValueError: if `main` is not given and there is not just one primary task, or for an option out of its range.
+        ValueError: if `main` is not given and there is not just one primary task, if there is no auxiliary, or for an
+            option out of its range.
     """
     names = [task.name for task in tasks]
     if main is None:
@@ -334,6 +354,8 @@ def classwise(
     if auxiliary is None:
         auxiliary = [name for name in names if name != main]
     auxiliaries = [auxiliary] if isinstance(auxiliary, str) else list(auxiliary)
+    if not auxiliaries:
+        raise ValueError(f"there is no auxiliary beside {main!r}; the tasks are: {', '.join(names)}")
     for name in (main, *auxiliaries):
         if name not in names:
             raise MissingKey(f"there is no task {name!r}; the tasks are: {', '.join(names)}")

@@ -8,7 +8,7 @@ from sidetask_core.signals import Place, Signals, StepFailure
 from sidetask_core.split import SplitModel
 from sidetask_core.step import NonFiniteLoss, Report, Step
 from sidetask_core.task import Batch, Metric, MissingKey, Task
-from sidetask_core.uncertainty import Uncertain, Uncertainty
+from sidetask_core.uncertainty import FollowsUncertainty, Uncertain, Uncertainty
 
 __all__ = [
     "Augment",
@@ -18,6 +18,7 @@ __all__ = [
     "Equal",
     "ExtraTasks",
     "Fixed",
+    "FollowsUncertainty",
     "FrozenHeads",
     "Method",
     "Metric",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import nn
@@ -54,26 +55,29 @@ class ExtraTasks(Augment):
 class FrozenHeads(Augment):
     """Keep the heads of some auxiliary tasks from learning: what is such a task still worth?
 
-    A frozen head keeps the parameters it has, and its gradient still reaches the encoder.
+    A frozen head keeps the parameters it has, and its gradient still reaches the encoder. It is a copy: the heads of
+    the model that was given can learn as before, in another step.
 
     Args:
         names: the auxiliary tasks.
 
     Raises:
+        TypeError: for a name where names are wanted.
         MissingKey: from the step, for a task that the model has no head for.
         ValueError: from the step, for a primary task.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"heads to freeze are a list of tasks' names, found {names!r}")
         self.names = tuple(names)
 
     def forward(self, model: SplitModel, tasks: Sequence[Task]) -> SplitModel:
-        """The same model, with the heads' parameters out of training."""
+        """The model with copies of these heads, whose parameters are out of training."""
         for name in self.names:
             model.check_head(name)
             if name in [task.name for task in tasks if task.primary]:
                 raise ValueError(f"task {name!r} is primary; only heads of auxiliary tasks may be frozen")
-        for name in self.names:
-            model.heads[name].requires_grad_(False)
-        return model
+        frozen = {name: copy.deepcopy(model.heads[name]).requires_grad_(False) for name in self.names}
+        return SplitModel(model.shared, {**model.heads, **frozen}, {**model.branches}, model.route)

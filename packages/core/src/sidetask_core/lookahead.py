@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from sidetask_core import parallel
 from sidetask_core.aside import RandomState, aside, device_of
 from sidetask_core.combine import Weights, combine
-from sidetask_core.passes import Cut, Passes, losses_of
+from sidetask_core.passes import Cut, Domain, Passes, losses_of
+from sidetask_core.products import Product, Reused
 from sidetask_core.signals import ElementSlopes, Mode, Part
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task
@@ -214,17 +215,27 @@ class Trail:
         return replace(self, own=own, encoded=encoded)
 
     def slopes(
-        self, model: SplitModel, along: Mapping[str, Tensor], part: Part, mode: Mode, among: Collection[int]
+        self,
+        model: SplitModel,
+        along: Mapping[str, Tensor],
+        part: Part,
+        mode: Mode,
+        among: Collection[int],
+        passes: Passes | None = None,
     ) -> Tensor:
         """⟨direction, ∇L_t⟩ of the tasks `among`, zero for others ``[T]``, over all processes; no head is run again.
 
         Below a task's place they are dot products with its gradients. Above it, what is moved along the direction moves
-        the features there, and that meets the task's gradient.
+        the features there, and that meets the task's gradient. Of the step's own `passes`, if they are still there, an
+        exact derivative takes the products that were noted.
         """
         like = next(iter(self.above.values()), next(model.parameters()))
         slopes = [torch.zeros((), dtype=torch.float64, device=like.device) for _ in self.own]
         above = {name: along[name] for name in self.above if name in along}
-        for one in self.encoded:
+        known: Sequence[Domain | None] = [None] * len(self.encoded)
+        if passes is not None and mode == "exact":
+            known = passes.domains
+        for one, domain in zip(self.encoded, known, strict=True):
             # What a head adds to the gradient of a parameter that is shared, too, is weighed by the decoders' rule.
             for t in [t for place in one.places for t in place.tasks if t in among and part != "shared"]:
                 for name, gradient in self.own[t].items():
@@ -233,7 +244,7 @@ class Trail:
             places = [place for place in one.places if place.tensors and any(t in among for t in place.tasks)]
             if not places or not above:
                 continue
-            moved = self._moved(model, one, places, above, mode)
+            moved = self._moved(model, one, places, above, mode, domain)
             for place, at_place in zip(
                 places, moved.split([place.gradients.shape[1] for place in places]), strict=True
             ):
@@ -243,18 +254,29 @@ class Trail:
         return parallel.add(torch.stack(slopes))
 
     def _moved(
-        self, model: SplitModel, one: Encoded, places: Sequence[Place], along: Mapping[str, Tensor], mode: Mode
+        self,
+        model: SplitModel,
+        one: Encoded,
+        places: Sequence[Place],
+        along: Mapping[str, Tensor],
+        mode: Mode,
+        domain: Domain | None,
     ) -> Tensor:
         """The derivative along the direction of what there is at some places, flattened."""
+        of_encoder = [] if domain is None else domain.products
+        of_branch = {} if domain is None else {branch.name: branch.products for branch in domain.branches}
 
         def at_places(moved: Mapping[str, Tensor]) -> list[Tensor]:
             def compute(model: SplitModel) -> list[Tensor]:
-                found, features = [], model.encode(one.input)
+                found = []
+                with Reused(of_encoder):
+                    features = model.encode(one.input)
                 for place in places:
                     output = features
                     if place.branch is not None:
                         place.random.restore(device_of(model))
-                        output = model.branches[place.branch](features)
+                        with Reused(of_branch.get(place.branch, [])):
+                            output = model.branches[place.branch](features)
                     tensors, _ = tree_flatten(output)
                     found += [tensors[i] for i in place.cut]
                 return found
@@ -281,6 +303,7 @@ class Rerun:
         masks: which of them are labelled.
         parameters: those of encoder, branch and head that are trained, by name.
         ambient: the precision of the forward pass.
+        products: those of encoder, branch and head that were noted; without them all are computed once more.
     """
 
     input: Any
@@ -290,6 +313,7 @@ class Rerun:
     masks: list[Tensor | None]
     parameters: dict[str, Tensor]
     ambient: torch.autocast
+    products: tuple[list[Product], list[Product], list[Product]] = ([], [], [])
 
     @classmethod
     def of(cls, model: SplitModel, task: Task, t: int, passes: Passes, ambient: torch.autocast) -> Rerun | None:
@@ -301,21 +325,28 @@ class Rerun:
         parameters = {n: p.detach() for n, p in model.named_parameters() if id(p) in above and p.requires_grad}
         losses, masks = zip(*elements, strict=True)
         random = (domain.random, *passes.random[t])
-        return cls(domain.input, passes.targets[t], random, [*losses], [*masks], parameters, ambient)
+        products = (domain.products, *passes.products[t])
+        return cls(domain.input, passes.targets[t], random, [*losses], [*masks], parameters, ambient, products)
 
     def slopes(self, model: SplitModel, task: Task, along: Mapping[str, Tensor], mode: Mode) -> list[ElementSlopes]:
         """−⟨direction, ∇d_i⟩ of every element loss d_i of each objective, from one pass of encoder, branch and head."""
         above = {name: along[name] for name in self.parameters if name in along}
+        # A difference wants the values elsewhere.
+        of_encoder, of_branch, of_head = self.products if mode == "exact" else ([], [], [])
 
         def elements(moved: Mapping[str, Tensor]) -> list[Tensor]:
             def compute(model: SplitModel) -> list[Tensor]:
                 device, branch = device_of(model), model.route[task.name]
-                read = model.encode(self.input)
+                with Reused(of_encoder):
+                    read = model.encode(self.input)
                 self.random[1].restore(device)
                 if branch is not None:
-                    read = model.branches[branch](read)
+                    with Reused(of_branch):
+                        read = model.branches[branch](read)
                 self.random[2].restore(device)
-                return [losses for losses, _ in task.elements(model.heads[task.name](read), self.target)]
+                with Reused(of_head):
+                    prediction = model.heads[task.name](read)
+                return [losses for losses, _ in task.elements(prediction, self.target)]
 
             with self.ambient:
                 return aside(model, compute, {**self.parameters, **moved}, self.random[0])
@@ -388,6 +419,7 @@ class Lookahead:
         ambient: the precision of the forward pass.
         validation: the batch whose loss is to fall, or a function that gives it.
         optimizer: what will take the step.
+        noted: whose elements were differentiated in any step, by name; None if losses were.
         decided: the weights of the step, once its rules were asked.
         loss: the validation loss after the step that was looked at last, over all processes.
         directions: those found for the step that was decided on, by the tasks whose loss is to fall.
@@ -399,6 +431,7 @@ class Lookahead:
     ambient: torch.autocast
     validation: Batch | Callable[[], Batch]
     optimizer: torch.optim.Optimizer
+    noted: set[str | None]
     decided: Weights | None = None
     loss: Tensor | None = None
     directions: dict[Collection[int], dict[str, Tensor]] = field(default_factory=dict)
@@ -407,8 +440,10 @@ class Lookahead:
         """d(primaries' validation loss after the step)/d(weight) of the tasks `among`, zero for others ``[T]``."""
         self.passes.prepare(_DERIVATIVE[mode] + _BACKWARD * (1 if taken else 2))
         along = self._direction(Weights(weights, weights), part, [task for task in self.tasks if task.primary])
+        if mode == "exact":
+            self.noted.add(None)
         trail = Trail.of(self.model, self.passes, self.ambient)
-        return -trail.slopes(self.model, along, part, mode, among).to(weights)
+        return -trail.slopes(self.model, along, part, mode, among, self.passes).to(weights)
 
     def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
         """See `Signals.lookahead_elements`, for each objective."""
@@ -416,6 +451,8 @@ class Lookahead:
             raise ValueError("element losses are looked at once the step's weights are decided, in a shaper's update")
         if of not in self.directions:
             self.directions[of] = self._direction(self.decided, "all", [self.tasks[i] for i in sorted(of)])
+        if mode == "exact":
+            self.noted.add(self.tasks[t].name)
         rerun = Rerun.of(self.model, self.tasks[t], t, self.passes, self.ambient)
         return None if rerun is None else rerun.slopes(self.model, self.tasks[t], self.directions[of], mode)
 

@@ -44,6 +44,9 @@ class Memory:
         self.wants_hindsight = False
         # The tasks whose element losses are asked for in hindsight.
         self.wants_elements: set[str] = set()
+        # Those that were differentiated for it, or for what lies ahead: in later steps their products are noted.
+        # None stands for what is above the cuts, which losses are differentiated through.
+        self.noted: set[str | None] = set()
         self.past: Past | None = None
         self.hindsight: Hindsight | None = None
         # After a resume, only the process whose state was saved may have anything, and all have to know.
@@ -164,6 +167,8 @@ class Recall:
         """See `Signals.hindsight_elements`, for each objective."""
         memory, task = self.memory, self.memory.tasks[t]
         memory.wants_elements.add(task.name)
+        if mode == "exact":
+            memory.noted.add(task.name)
         if self.last is None:
             return None
         if of not in self.directions:
@@ -175,6 +180,8 @@ class Recall:
 def _saved(one: Trail | Rerun | Encoded | Place) -> dict[str, Any]:
     """In tensors, lists, dicts and numbers."""
     state = {field.name: getattr(one, field.name) for field in fields(one)}
+    # They are as large as what a step holds, and can be computed again.
+    state.pop("products", None)
     state = tree_map_only(RandomState, lambda random: (random.host, random.device), state)
     if isinstance(one, Trail):
         state["encoded"] = [_saved(encoded) for encoded in one.encoded]

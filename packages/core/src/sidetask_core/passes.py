@@ -7,7 +7,7 @@ anything above the cut is traversed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sidetask_core import parallel
 from sidetask_core.aside import RandomState, device_of
+from sidetask_core.products import Noted, Product, can_be_noted
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task, _listed, masked_sum
 
@@ -63,9 +64,9 @@ class Cut:
 class Branch:
     """A branch that several heads of one domain ride, cut at its output.
 
-    `riders` are the tasks that have labels in the batch, and `random` is the random state before the branch was
-    computed. `gradients` holds each rider's gradients of the branch's parameters, once its feature gradient was asked
-    for.
+    `riders` are the tasks that have labels in the batch, `random` is the random state before the branch was computed,
+    and `products` are those of the branch, if they were noted. `gradients` holds each rider's gradients of the branch's
+    parameters, once its feature gradient was asked for.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Branch:
     parameters: list[nn.Parameter]
     riders: list[int]
     random: RandomState
+    products: list[Product]
     gradients: dict[int, Gradients] = field(default_factory=dict)
 
 
@@ -80,13 +82,14 @@ class Branch:
 class Domain:
     """One input, its shared features, and the tasks that read them.
 
-    `gradients` holds the tasks' unscaled gradients at the features ``[tasks of the domain, D]``, once asked for, and
-    `random` the random state before the input was encoded.
+    `gradients` holds the tasks' unscaled gradients at the features ``[tasks of the domain, D]``, once asked for,
+    `random` the random state before the input was encoded, and `products` those of the encoder, if they were noted.
     """
 
     cut: Cut
     input: Any
     random: RandomState
+    products: list[Product]
     tasks: list[int] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
     gradients: Tensor | None = None
@@ -114,6 +117,7 @@ class Passes:
     """The forward pass of a step and the backward passes over it.
 
     Losses are this process's shares of the means over all processes, multiplied by `scale` in every backward pass.
+    Products of the tasks `noted`, by name, are kept for who runs them again; None stands for those above the cuts.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class Passes:
         batch: Batch,
         shapers: Mapping[str, nn.Module],
         scaler: torch.amp.GradScaler | None = None,
+        noted: Collection[str | None] = (),
     ) -> None:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.shared = [p for p in model.shared_parameters() if p.requires_grad]
@@ -135,6 +140,9 @@ class Passes:
         self.targets: list[Any] = []
         # The random state before the branch and before the head of each task, which only shapers ask for.
         self.random: dict[int, tuple[RandomState, RandomState]] = {}
+        # The products of branch and head of each task, empty unless they were noted.
+        self.products: dict[int, tuple[list[Product], list[Product]]] = {}
+        self._noted = {*noted} if noted and can_be_noted(model) else set()
         self._forward(model, tasks, batch, shapers)
         one = torch.ones((), dtype=self.losses[0].dtype, device=self.losses[0].device)
         self.scaled = scaler is not None and scaler.is_enabled()
@@ -159,7 +167,8 @@ class Passes:
                 continue
             if id(one) not in by_input:
                 before = RandomState.of(device)
-                by_input[id(one)] = Domain(Cut(model.encode(one)), one, before)
+                features, products = _with_products(model.encode, one, bool(self._noted))
+                by_input[id(one)] = Domain(Cut(features), one, before, products)
             self.domain_of[t] = domain = by_input[id(one)]
             domain.tasks.append(t)
         self.domains = list(by_input.values())
@@ -167,35 +176,43 @@ class Passes:
         sums = {t: _sums(tasks[t], None, nothing, None, shapers) for t, one in enumerate(inputs) if one is None}
         for domain in self.domains:
             read = self._branches(model, tasks, domain, noted=bool(shapers))
-            for t, (features, before) in zip(domain.tasks, read, strict=True):
+            for t, (features, before, products) in zip(domain.tasks, read, strict=True):
                 task, target, elements = tasks[t], self.targets[t], None
+                above: list[Product] = []
                 self.random[t] = before, RandomState.of(device) if shapers else before
                 if target is not None:
-                    elements = task.elements(model.heads[task.name](features), target)
+                    noted = task.name in self._noted
+                    prediction, above = _with_products(model.heads[task.name], features, noted)
+                    elements = task.elements(prediction, target)
                     self.elements[t] = [(losses.detach(), mask) for losses, mask in elements]
+                self.products[t] = products, above
                 sums[t] = _sums(task, elements, features, target, shapers)
         self.losses, self.labelled = _means([sums[t] for t in range(len(tasks))])
 
     def _branches(
         self, model: SplitModel, tasks: Sequence[Task], domain: Domain, noted: bool
-    ) -> list[tuple[Any, RandomState]]:
-        """What each task's head reads and the random state before its branch, in the order of the domain's tasks.
+    ) -> list[tuple[Any, RandomState, list[Product]]]:
+        """What each task's head reads, and random state before and products of its branch, in the order of the tasks.
 
         Every branch is computed once. The random state is `noted`, or that of the domain stands for it.
         """
-        read: dict[int, tuple[Any, RandomState]] = {}
+        read: dict[int, tuple[Any, RandomState, list[Product]]] = {}
         routes = [model.route[tasks[t].name] for t in domain.tasks]
         for name in dict.fromkeys(routes):
             riders = [t for t, route in zip(domain.tasks, routes, strict=True) if route == name]
             several = name is not None and sum(self.targets[t] is not None for t in riders) > 1
             before = RandomState.of(device_of(model)) if noted or several else domain.random
-            output = domain.cut.structure if name is None else model.branches[name](domain.cut.structure)
+            output = domain.cut.structure
+            products: list[Product] = []
+            if name is not None:
+                wanted = (several and None in self._noted) or any(tasks[t].name in self._noted for t in riders)
+                output, products = _with_products(model.branches[name], output, wanted)
             branch = None
             # A head that is not run needs no cut, so that a task which sits out changes no bit of what others do.
             if name is not None and several:
                 parameters = [p for p in model.branches[name].parameters() if p.requires_grad]
                 there = [t for t in riders if self.targets[t] is not None]
-                branch = Branch(name, Cut(output), parameters, there, before)
+                branch = Branch(name, Cut(output), parameters, there, before, products)
                 domain.branches.append(branch)
                 output = branch.cut.structure
             for t in riders:
@@ -203,7 +220,7 @@ class Passes:
                 own = model.specific_parameters(task) if branch is None else model.heads[task].parameters()
                 self.own[t] = [p for p in own if p.requires_grad]
                 self.branch_of[t] = branch
-                read[t] = output, before
+                read[t] = output, before, products
         return [read[t] for t in domain.tasks]
 
     def head(self, t: int, keep: bool = False) -> tuple[Gradients, Gradients]:
@@ -326,6 +343,14 @@ def _fill(row: Tensor, gradients: Gradients, sizes: Sequence[int]) -> None:
             place.zero_()
         else:
             place.copy_(gradient.flatten())
+
+
+def _with_products(part: Callable[[Any], Any], given: Any, wanted: bool) -> tuple[Any, list[Product]]:
+    """What a part of the network gives, and its products if they are `wanted`."""
+    if not wanted:
+        return part(given), []
+    with Noted() as noted:
+        return part(given), noted.found
 
 
 def losses_of(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from sidetask_core.method import Method
 from sidetask_core.task import MissingKey, Task, _listed, check_tasks
+from sidetask_core.uncertainty import FollowsUncertainty, Uncertain
 
 SLOTS = ("augment", "shapers", "decoder", "encoder")
 # Where the project's own names live, so that a missing one can be answered with the command that brings it.
@@ -65,13 +67,15 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
         spec: ``"pcgrad"``; or ``{"name": "cagrad", **options}``; or slots, each given in one of these two
             forms: ``{"encoder": "autolambda", "decoder": "ial", "shapers": {"seg": "classwise"}}``. Tasks that
             the augment adds are weighed by the other slots' rules like the given ones. What two slots give alike is
-            built once, so that they share its rules and their state.
+            built once, so that they share its rules and their state; and an encoder's rule that goes by an uncertainty
+            goes by the decoder's if it has one (`FollowsUncertainty`).
         tasks: what the method is built for.
 
     Raises:
         MissingKey: for a name that is not installed, or a method that leaves the asked slot empty.
         TypeError: for a spec of another form, or options that the method does not take.
-        ValueError: for a slot of a method that adds tasks, without its augment.
+        ValueError: for a slot of a method that has shapers besides which no slot takes, or an augment, unless the slot
+            augment holds one of its type, whose options then count.
 
     >>> make_method({"encodr": "pcgrad"}, [Task("a", loss=abs)])
     Traceback (most recent call last):
@@ -86,7 +90,7 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
     if "name" in spec:
         return _call(spec, tasks)
     slots: dict[str, Any] = {}
-    built: list[tuple[Any, Method]] = []
+    built: list[_Built] = []
     for slot, inner in sorted(spec.items(), key=lambda item: item[0] != "augment"):
         if slot not in SLOTS:
             raise TypeError(f"a method has no slot {slot!r}; {_hint(slot, SLOTS)}the slots are: {_listed(SLOTS)}")
@@ -105,16 +109,43 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
                 f"the {slot} {spec[slot]!r} weighs the tasks {_listed(slots[slot].tasks)}, but there are "
                 f"{_listed(names)}; name the method that adds tasks in the slot augment, too"
             )
+    for one in built:
+        # Of two augments of one type the slot's counts: rules made for the tasks that it adds come with their own.
+        without = type(slots.get("augment")) is not type(one.method.augment)
+        if one.method.augment is not None and without:
+            raise one.loses("augment")
+        if one.method.shapers and "shapers" not in one.slots:
+            raise one.loses("shapers")
+    encoder, decoder = slots.get("encoder"), slots.get("decoder")
+    if isinstance(encoder, FollowsUncertainty) and isinstance(decoder, Uncertain):
+        encoder.follow(decoder)
     return Method(**slots)
 
 
-def _slot(slot: str, spec: Any, tasks: Sequence[Task], built: list[tuple[Any, Method]], task: str | None = None) -> Any:
+@dataclass
+class _Built:
+    """A method that slots are taken from, and which."""
+
+    spec: Mapping[str, Any]
+    method: Method
+    slots: list[str] = field(default_factory=list)
+
+    def loses(self, slot: str) -> ValueError:
+        where = " and ".join(dict.fromkeys(self.slots))
+        return ValueError(
+            f"the method {dict(self.spec)!r} has something for the slot {slot}, which is lost in the slot {where} "
+            f"alone; name it in the slot {slot}, too"
+        )
+
+
+def _slot(slot: str, spec: Any, tasks: Sequence[Task], built: list[_Built], task: str | None = None) -> Any:
     wanted = {"name": spec} if isinstance(spec, str) else spec
-    method = next((method for known, method in built if known == wanted), None)
-    if method is None:
-        method = make_method(spec, tasks)
-        built.append((wanted, method))
-    filled = getattr(method, slot)
+    found = next((one for one in built if one.spec == wanted), None)
+    if found is None:
+        found = _Built(wanted, make_method(spec, tasks))
+        built.append(found)
+    found.slots.append(slot)
+    filled = getattr(found.method, slot)
     if task is not None:
         filled = filled.get(task)
     if filled is None:

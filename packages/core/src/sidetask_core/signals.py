@@ -120,6 +120,7 @@ class Signals:
         epoch: int,
         recall: Recall,
         lookahead: Ahead | None = None,
+        followed: bool = False,
     ) -> None:
         self.tasks = tuple(task.name for task in tasks)
         self.primary = torch.tensor([task.primary for task in tasks])
@@ -132,6 +133,7 @@ class Signals:
         self._progress = functools.cache(recall.progress)
         self._recall = recall
         self._lookahead = lookahead
+        self._followed = followed
         self.part: Part = "all"
         self.labelled = passes.labelled
         losses = passes.losses
@@ -323,7 +325,8 @@ class Signals:
         task's weight, so that weighted means are the derivatives of shaped losses.
 
         Costs what `lookahead` costs, but for what the mode costs: the branch and the head of the task are run with the
-        encoder. Under several processes, every process must ask.
+        encoder. From the second step that asks on, ``"exact"`` does the work of two forward passes, not three: values
+        of convolutions and linear layers are those of the step. Under several processes, every process must ask.
 
         Args:
             task: whose elements.
@@ -340,6 +343,20 @@ class Signals:
         k = self._objective(task, objective)
         found = self._ahead().elements(self._index(task), self._falling(of), _mode(mode))
         return None if found is None else found[k]
+
+    def expect(self, *, validation: bool) -> None:
+        """Raise what a look would in a later step, so that a mistake shows in the first one; costs nothing.
+
+        Args:
+            validation: whether it is going to be a lookahead, or a hindsight.
+
+        Raises:
+            ValueError: if the step was given no optimizer or, for a lookahead, no validation batch.
+        """
+        if validation:
+            self._ahead()
+        elif not self._followed:
+            raise ValueError("a rule looks back at each step and needs step.backward(batch, optimizer=...)")
 
     def _ahead(self) -> Ahead:
         if self._lookahead is None:
@@ -379,7 +396,8 @@ class Signals:
 
         None in a first step, and if that step had no labels of the task on this process. Costs and arguments are those
         of `lookahead_elements`, without a validation batch; `hindsight` says what is kept. Of the network only this
-        task's branch and head are kept with the encoder, and no gradients.
+        task's branch and head are kept with the encoder, and no gradients, but the values of their convolutions and
+        linear layers, which are as large as a part of what a forward pass leaves for the backward pass.
 
         Raises:
             ValueError: for an unknown mode; from the step, if it was given no optimizer.

@@ -214,15 +214,18 @@ class Step(nn.Module):
         if resting:
             batch = replace(batch, without={*batch.without, *resting})
         with torch.enable_grad():
-            passes = Passes(self.model, self.tasks, batch, dict(self.shapers.items()), scaler)
+            passes = Passes(self.model, self.tasks, batch, dict(self.shapers.items()), scaler, self._memory.noted)
         kind = passes.losses[0].device.type
         ambient = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         with torch.autocast(kind, enabled=False), torch.no_grad():
             recall = self._memory.recall(passes, ambient)
             lookahead = None
             if validation is not None and optimizer is not None:
-                lookahead = Lookahead(self.model, self.tasks, passes, ambient, validation, optimizer)
-            signals = Signals(self.tasks, passes, self.iteration, self.epoch, recall, lookahead)
+                lookahead = Lookahead(
+                    self.model, self.tasks, passes, ambient, validation, optimizer, self._memory.noted
+                )
+            followed = optimizer is not None
+            signals = Signals(self.tasks, passes, self.iteration, self.epoch, recall, lookahead, followed)
             self._check_finite(signals.losses)
             try:
                 weights = self._weigh(signals)

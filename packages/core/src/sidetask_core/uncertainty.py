@@ -12,8 +12,9 @@ from sidetask_core.method import Weighting
 from sidetask_core.signals import Signals
 from sidetask_core.task import Task
 
-# Of log variances: beyond it, weights would leave what single precision can multiply with a gradient.
-_END = 40.0
+# Of log variances: those of losses from about 1e-7 to 1e7. No wider, since the first step of a loss that comes back
+# after it was zero is weighed by e^_END / 2.
+_END = 16.0
 
 
 @runtime_checkable
@@ -29,6 +30,14 @@ class Uncertain(Protocol):
         """See `Rule.objective`."""
 
 
+@runtime_checkable
+class FollowsUncertainty(Protocol):
+    """A rule that goes by how uncertain another one is, and can be told which."""
+
+    def follow(self, rule: Uncertain) -> None:
+        """Go by the σ of this rule from now on."""
+
+
 class Uncertainty(Weighting):
     """Weigh each loss by the inverse of a variance that is learned with the network.
 
@@ -36,9 +45,9 @@ class Uncertainty(Weighting):
     settle where σ_t² = L_t. `log_variance` ``[T]`` is trained by the caller's optimizer (``step.parameters()``), in
     Auto-λ's code and here without constraint.
 
-    A loss that stays zero or negative lets s_t fall without end: no variance equals it. Weights and objective are those
-    of an s_t within ±40, so that they are finite; beyond, the gradient is that at the end, and leads back once there is
-    a loss again.
+    A loss that stays zero or negative would let s_t fall without end: no variance equals it. Every s_t is therefore
+    kept within ±16, variances from 1e−7 to 1e7, and returns once there is a loss again: by plain or momentum descent
+    after one jump to the upper end, by Adam slowly, for it remembers how steep the end was.
 
     Args:
         tasks: the tasks.
@@ -57,19 +66,20 @@ class Uncertainty(Weighting):
 
     def forward(self, signals: Signals) -> Tensor:
         """Weights e^{−s} / 2, ``[T]``."""
-        return self._bounded().neg().exp() / 2
+        return self._within_ends().neg().exp() / 2
 
     def sigma(self) -> Tensor:
         """σ of every task ``[T]``, detached."""
-        return (self._bounded().detach() / 2).exp()
+        return (self._within_ends().detach() / 2).exp()
 
     def objective(self, signals: Signals) -> Tensor:
         """Σ_t L_t / (2 e^{s_t}) + s_t / 2 over the tasks that have labels in this batch."""
-        s = self._bounded()
+        s = self._within_ends()
         return ((signals.losses * s.neg().exp() + s) * signals.labelled).sum() / 2
 
-    def _bounded(self) -> Tensor:
-        """s, within its ends, with the gradient of one that has none."""
-        s = self.log_variance
-        # In this order: far beyond its ends s + (end − s) is not the end.
-        return s.clamp(-_END, _END).detach() + (s - s.detach())
+    def _within_ends(self) -> Tensor:
+        """s, after moving it back to the end that it has left."""
+        # The parameter itself: one that is far beyond its end finds no way back, at whatever value it is read.
+        with torch.no_grad():
+            self.log_variance.clamp_(-_END, _END)
+        return self.log_variance

@@ -9,7 +9,7 @@ from sidetask_datasets.digits import digits
 from sidetask_datasets.files import DataError
 from sidetask_datasets.frames import frames
 from sidetask_datasets.noise import with_noise
-from sidetask_datasets.pseudo import pseudo, pseudo_label, thresholded, with_pseudo
+from sidetask_datasets.pseudo import fingerprint, pseudo, pseudo_label, thresholded, with_pseudo
 from sidetask_datasets.scenes import scenes
 from sidetask_datasets.split import ResidentSplit, Split
 from sidetask_datasets.view import View, gallery, palette
@@ -23,6 +23,7 @@ __all__ = [
     "Split",
     "View",
     "digits",
+    "fingerprint",
     "frames",
     "gallery",
     "palette",

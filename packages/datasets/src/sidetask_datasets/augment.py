@@ -20,7 +20,8 @@ class Augmentation:
     A window of 1/scale of the height and width, at a random place, is enlarged to the full size: image bilinear, labels
     nearest, depth divided by the scale. A flip also negates the x component of normals. As no scale is
     below 1, nothing is ever padded. Edges are enlarged as labels are, and so get as much wider. Tokens, whose patches
-    the window need not meet, are mixed bilinearly.
+    the window need not meet, are mixed bilinearly; of the labelled ones alone if these are at least half of a mixture,
+    which is unlabelled otherwise.
 
     Args:
         scales: one is drawn with equal probability. (1.0, 1.2, 1.5) in MTAN's and Auto-λ's NYUv2 protocol.
@@ -80,11 +81,13 @@ class Augmentation:
         return image, moved
 
     def _tokens(self, target: Tensor, scale: Tensor, flip: Tensor, numbers: Tensor) -> Tensor:
-        """The window in the coordinates of a coarser grid; a mixture of distributions is one."""
+        """The window in the coordinates of a coarser grid; a mixture of distributions is one, of what is labelled."""
         height, width = target.shape[-2:]
         columns = _window(width, scale, numbers[:, 2])
         columns = torch.where(flip[:, None], columns.flip(1), columns)
-        return _sample_linear(target, _window(height, scale, numbers[:, 1]), columns)
+        mixed = _sample_linear(target, _window(height, scale, numbers[:, 1]), columns)
+        labelled = mixed.sum(dim=1, keepdim=True)
+        return torch.where(labelled >= 0.5, mixed / labelled, 0.0)
 
 
 def _window(size: int, scale: Tensor, place: Tensor) -> Tensor:

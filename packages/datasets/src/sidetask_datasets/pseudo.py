@@ -11,17 +11,17 @@ float ``[N, K]``         a distribution over K classes per image      float32 ``
 float ``[N, K, h, w]``   tokens: one per patch; h, w divide H, W      float32 ``[n, K, h, w]``; cross-entropy with it
 ======================== ============================================ ==================================================
 
-Beside class ids, `classes` says how many there are. A distribution of zeros is unlabelled. `images`, if it is there, is
-the checksum of the images that the labels are of.
+Beside class ids, `classes` says how many there are, 1 to 255. A distribution of zeros is unlabelled. `images`, if it is
+there, is the checksum of the images that the labels are of. `made`, if it is there, says how `pseudo_label` made them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,7 +30,7 @@ import numpy
 import torch
 from numpy.typing import NDArray
 from sidetask_core import Task, plugins
-from torch import Tensor
+from torch import Tensor, nn
 
 from sidetask_datasets import tasks
 from sidetask_datasets.columns import Column
@@ -44,7 +44,7 @@ Teacher = Callable[[Tensor], Tensor]
 
 SPLITS = ("train", "validation", "test")
 _UNLABELLED = 255
-# Sums of distributions in half precision.
+# Of sums of distributions in half precision.
 _TOLERANCE = 0.02
 
 
@@ -60,9 +60,11 @@ def with_pseudo(dataset: Dataset, labels: Mapping[str, str | Path]) -> Dataset:
     Raises:
         DataError: beginning with the path of a file that is missing, damaged, of other images, or holds what is no
             label.
+        TypeError: if `labels` is no mapping of names to folders.
         ValueError: if the dataset has a task of that name, trains on new images in every epoch, or labels whole images
             where these label pixels or patches.
     """
+    _check_folders(labels)
     for name, folder in labels.items():
         dataset = _with_one(dataset, name, Path(folder))
     return dataset
@@ -75,26 +77,33 @@ def pseudo_label(
     *,
     kind: Kind = "segmentation",
     threshold: float = 0.5,
+    source: str | None = None,
     batch_size: int = 32,
 ) -> Path:
     """Let a model label a dataset's images, once: splits whose file is there are not labelled again.
+
+    A file says how it was made, and one that was made otherwise is refused.
 
     Args:
         dataset: whose images are labelled, not augmented.
         folder: gets the files, each whole or not at all.
         teacher: gives probabilities for images ``[n, C, H, W]`` as the dataset has them: ``[n, K, H, W]`` for
-            segmentation, ``[n, K]`` for soft labels, ``[n, K, h, w]`` for tokens.
+            segmentation, ``[n, K]`` for soft labels, ``[n, K, h, w]`` for tokens, where h and w divide H and W. Zeros
+            for all classes leave an image, pixel or patch unlabelled. A module labels in evaluation mode.
         kind: "segmentation", "soft" or "tokens".
         threshold: of a segmentation: pixels whose best class has no higher probability are left unlabelled. 0.5
             (Li et al. 2024, arXiv 2412.19547).
+        source: tells teachers apart. The `fingerprint` of a module, and of another function nothing, if None.
         batch_size: images at a time.
 
     Returns:
         The folder.
 
     Raises:
-        DataError: for a file that is there and does not fit, see `with_pseudo`.
-        ValueError: for an unknown kind, or probabilities of another shape than the kind's.
+        DataError: for a file that is there and does not fit, see `with_pseudo`, or was made otherwise.
+        ValueError: for an unknown kind; a threshold that is not in [0, 1); pixels or patches of a dataset that labels
+            whole images; what are no probabilities, or of another shape than the kind's; or numbers of classes that
+            differ.
 
     >>> from sidetask_datasets import digits
     >>> data = digits(train=8, validation=2, test=2)
@@ -106,21 +115,61 @@ def pseudo_label(
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind is one of {', '.join(get_args(Kind))}, not {kind!r}")
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < 1:
+        raise ValueError(f"threshold is a probability, at least 0 and below 1, not {threshold!r}")
+    if kind != "soft" and not dataset.dense:
+        raise ValueError(f"dataset {dataset.name!r} labels whole images, and so may its pseudo tasks: kind 'soft'")
+    if source is None:
+        source = fingerprint(teacher) if isinstance(teacher, nn.Module) else ""
     folder = Path(folder)
+    made = f"{kind} above {float(threshold)}" if kind == "segmentation" else kind
+    made += f" of {source}" if source else ""
+    classes = 0
     for name in SPLITS:
         path, split = folder / f"{name}.npz", getattr(dataset, name)
         if path.exists():
-            _read(path, split, dataset)
+            _, classes = _read(path, split, dataset, made)
             continue
-        batches = split.batches(batch_size, shuffle=False, augment=False, drop_last=False)
-        with torch.no_grad():
-            parts = [_checked(teacher(batch.inputs), batch.inputs, kind) for batch in batches]
-        if kind == "segmentation":
-            labels = torch.cat([thresholded(part, threshold) for part in parts])
-        else:
-            labels = torch.cat([part.to(torch.float16) for part in parts])
-        _save(path, labels=labels.cpu().numpy(), classes=numpy.int64(parts[0].shape[1]), images=split.checksum())
+        parts = []
+        with _labelling(teacher):
+            for batch in split.batches(batch_size, shuffle=False, augment=False, drop_last=False):
+                scores = _checked(teacher(batch.inputs), batch.inputs, kind)
+                if scores.shape[1] != (classes := classes or scores.shape[1]):
+                    raise ValueError(f"a teacher has one number of classes, found {classes} and then {scores.shape[1]}")
+                # At once, since all probabilities of a split would fill the memory.
+                parts.append(thresholded(scores, threshold) if kind == "segmentation" else scores.to(torch.float16))
+        labels = torch.cat(parts).cpu().numpy()
+        _save(path, labels=labels, classes=numpy.int64(classes), images=split.checksum(), made=numpy.array(made))
     return folder
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A checksum of a module's kind, parameters and buffers, the same wherever they are loaded.
+
+    >>> fingerprint(nn.Identity())
+    'Identity 00000000'
+    """
+    found = 0
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            found = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), found)
+            found = zlib.crc32(flat.tobytes(), found)
+    return f"{type(module).__name__} {found:08x}"
+
+
+@contextlib.contextmanager
+def _labelling(teacher: Teacher) -> Iterator[None]:
+    """Without gradient, and a module in evaluation mode, every part of which then gets its own mode back."""
+    modes = {module: module.training for module in teacher.modules()} if isinstance(teacher, nn.Module) else {}
+    try:
+        for module in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def thresholded(scores: Tensor, threshold: float = 0.5) -> Tensor:
@@ -142,13 +191,25 @@ def pseudo(of: str | Mapping[str, Any], labels: Mapping[str, str | Path]) -> Dat
 
     Raises:
         MissingKey: if there is no such dataset.
+        TypeError: if `of` or `labels` is something else.
         ValueError: see `with_pseudo`, or whatever the dataset objects to.
     """
+    if not isinstance(of, str | Mapping):
+        raise TypeError(f"of: a dataset's name, or a mapping with its name and options, found {of!r}")
     options = {"name": of} if isinstance(of, str) else dict(of)
     if "name" not in options:
         raise ValueError("of: the dataset to add pseudo tasks to has no name")
+    _check_folders(labels)
     dataset: Dataset = plugins.find("datasets", options.pop("name"))(**options)
     return with_pseudo(dataset, labels)
+
+
+def _check_folders(labels: object) -> None:
+    fits = isinstance(labels, Mapping) and all(
+        isinstance(name, str) and isinstance(folder, str | Path) for name, folder in labels.items()
+    )
+    if not fits:
+        raise TypeError(f"labels: a mapping of pseudo tasks' names to the folders of their labels, found {labels!r}")
 
 
 def _with_one(dataset: Dataset, name: str, folder: Path) -> Dataset:
@@ -179,15 +240,31 @@ def _with_one(dataset: Dataset, name: str, folder: Path) -> Dataset:
     )
 
 
-def _checked(scores: Tensor, images: Tensor, kind: Kind) -> Tensor:
+def _checked(scores: object, images: Tensor, kind: Kind) -> Tensor:
+    """Probabilities of the kind's shape."""
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"a teacher gives a floating tensor of probabilities, found {found}")
     height, width = images.shape[-2:]
     n = len(images)
     wanted = {"segmentation": f"[{n}, K, {height}, {width}]", "soft": f"[{n}, K]", "tokens": f"[{n}, K, h, w]"}[kind]
     fits = scores.ndim == (2 if kind == "soft" else 4) and len(scores) == n
     if not fits or (kind == "segmentation" and scores.shape[-2:] != images.shape[-2:]):
         raise ValueError(f"a teacher of kind {kind!r} gives probabilities {wanted}, found {list(scores.shape)}")
-    if kind == "segmentation" and scores.shape[1] > _UNLABELLED:
-        raise ValueError(f"a segmentation has at most {_UNLABELLED} classes, found {scores.shape[1]}")
+    if kind == "tokens" and (not scores.numel() or height % scores.shape[2] or width % scores.shape[3]):
+        raise ValueError(
+            f"a teacher of kind 'tokens' gives patches that divide images of {height}×{width} pixels, "
+            f"found {scores.shape[2]}×{scores.shape[3]} patches"
+        )
+    most = _UNLABELLED if kind == "segmentation" else scores.shape[1]
+    if not 1 <= scores.shape[1] <= most:
+        raise ValueError(f"a teacher of kind {kind!r} has classes, at most {_UNLABELLED}, found {scores.shape[1]}")
+    totals = scores.sum(dim=1, dtype=torch.float64)
+    wrong = totals[(totals != 0) & ~((totals - 1).abs() <= _TOLERANCE)]
+    # NaN and infinity fail the sum; a negative one may hide in it.
+    if len(wrong) or (scores < 0).any():
+        what = f"a sum of {wrong[0].item():.3g}" if len(wrong) else f"{scores.min().item():.3g}"
+        raise ValueError(f"a teacher gives probabilities, at least 0, with sum 1 over the classes; found {what}")
     return scores
 
 
@@ -206,23 +283,32 @@ def _save(path: Path, **arrays: Any) -> None:
         raise
 
 
-def _read(path: Path, split: Split, dataset: Dataset) -> tuple[Column, int]:
-    """The labels of one split, checked, and the number of classes."""
+def _read(path: Path, split: Split, dataset: Dataset, made: str | None = None) -> tuple[Column, int]:
+    """The labels of one split, checked, and the number of classes; refused if they were not `made` that way."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; labels are train.npz, validation.npz and test.npz")
     try:
         # Given a path, numpy leaves a damaged file open.
-        with path.open("rb") as file, numpy.load(file, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        with path.open("rb") as file:
+            archive = numpy.load(file, allow_pickle=False)
+            if not isinstance(archive, numpy.lib.npyio.NpzFile):
+                raise ValueError("it holds a single array")
+            with archive:
+                found = {name: archive[name] for name in archive.files}
+    # A damaged archive fails wherever its bytes lead: zlib, encryption, other versions of the format, syntax, memory.
+    except Exception as error:
         raise DataError(f"{path}: cannot be read as an archive of arrays: {error}") from error
     if "labels" not in found:
         raise DataError(f"{path}: holds no array 'labels'; there are: {', '.join(found) or 'none'}")
-    if "images" in found and int(found["images"]) != split.checksum():
+    if "images" in found and _whole(path, found, "images") != split.checksum():
         raise DataError(f"{path}: its labels are of other images than those of {dataset.name!r}")
+    if made is not None and _made(found) != made:
+        raise DataError(f"{path}: holds {_made(found)}, not {made}; label into another folder, or remove the file")
     labels = found["labels"]
     if len(labels.shape) == 0 or len(labels) != len(split):
         raise DataError(f"{path}: labels {list(labels.shape)} of a split of {len(split)} samples")
+    if not labels.size:
+        raise DataError(f"{path}: labels {list(labels.shape)} are empty")
     height, width = dataset.input_shape[-2:]
     if labels.ndim in (2, 4) and labels.dtype.kind == "f":
         _check_distributions(path, labels)
@@ -247,10 +333,23 @@ def _read(path: Path, split: Split, dataset: Dataset) -> tuple[Column, int]:
     return column.to(split.device), classes
 
 
+def _whole(path: Path, found: Mapping[str, NDArray[Any]], name: str) -> int:
+    if found[name].dtype.kind not in "iu" or found[name].ndim:
+        raise DataError(f"{path}: {name!r} is a whole number, found {found[name].dtype} {list(found[name].shape)}")
+    return int(found[name])
+
+
+def _made(found: Mapping[str, NDArray[Any]]) -> str:
+    made = found.get("made")
+    return "labels made elsewhere" if made is None or made.dtype.kind != "U" or made.ndim else str(made)
+
+
 def _count_classes(path: Path, found: Mapping[str, NDArray[Any]]) -> int:
-    if "classes" not in found or found["classes"].dtype.kind not in "iu" or found["classes"].ndim:
+    if "classes" not in found:
         raise DataError(f"{path}: beside class ids, it needs 'classes', a whole number")
-    classes, labels = int(found["classes"]), found["labels"]
+    classes, labels = _whole(path, found, "classes"), found["labels"]
+    if not 1 <= classes <= _UNLABELLED:
+        raise DataError(f"{path}: 'classes' is at least 1 and at most {_UNLABELLED}, found {classes}")
     wrong = labels[(labels >= classes) & (labels != _UNLABELLED)]
     if wrong.size:
         raise DataError(f"{path}: class id {wrong[0]}; there are {classes} classes, and {_UNLABELLED} is unlabelled")

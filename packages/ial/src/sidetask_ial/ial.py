@@ -42,8 +42,8 @@ class ImpartialEncoder(Weighting):
 
     Norms are over all elements of the features and all processes. They come from one plain backward pass; only
     ``measure="cosine"`` reads inner products besides. An auxiliary task whose gradient is zero, or which has no labels
-    in a batch, gets weight 0. If the primaries' gradient is zero, or they have no labels, so do all auxiliary tasks.
-    The device is never waited for.
+    in a batch, gets weight 0. If the primaries' gradient is zero, or they have no labels, so do all auxiliary tasks;
+    without alignment, where only labels are looked at, if they have no labels. The device is never waited for.
 
     Args:
         tasks: the tasks, at least one of them primary.
@@ -54,24 +54,27 @@ class ImpartialEncoder(Weighting):
             - ``"speed"``: min(1, r_pri / r_t), where r is the loss divided by the task's first positive one. A task
               gets less while it lags behind the primaries' sum;
             - ``"norm"``: min(1, n_pri / n_t), where n is the running mean of the gradient's norm, over about the last
-              hundred steps with labels. A task whose gradients are expected to be longer than the primary's gets less;
+              hundred steps with labels. A task whose gradients are expected to be longer than the primary's gets less,
+              so that, unlike the others, this measure depends on the units of the losses;
             - ``"cosine"``: max(0, cos(g_t, g_pri));
-            - a function of the signals that gives ``[T]``.
+            - a function of the signals that gives ``[T]``, floating; cut to 0 and 1, and 0 for what is not a number.
 
             The paper compares the first with measures of these kinds, of which it is not known here how they were
             written; these are ours.
         align: whether the auxiliaries' gradients are brought to the primary's length; True (the paper). With False,
             the measure alone weighs the raw gradients.
-        activation: g, which the paper leaves open; ``"relu"``, ``"softplus"``, ``"sigmoid"``, or a function of 1 − σ,
-            which should not be negative.
+        activation: g, which the paper leaves open; ``"relu"``, ``"softplus"``, ``"sigmoid"``, or a function of 1 − σ
+            ``[T]``; what it gives is cut as that of a function of the signals.
         init: first value of log σ² of a rule of its own; −0.7, as in `Uncertainty`.
         uncertainty: the rule that learns σ; one of its own if None. Read by ``measure="uncertainty"`` alone.
 
     Raises:
         ValueError: if no task is primary, for an unknown measure or activation, a fixed weight that is negative or not
-            finite, or a rule made for other tasks.
+            finite, an `init` that is not finite, an activation that gives another shape or what is no number, or a rule
+            made for other tasks; from the step, for a measure of another shape than ``[T]``.
         MissingKey: for a fixed weight of an unknown auxiliary task, or one that lacks.
-        TypeError: for a rule without `sigma`.
+        TypeError: for a rule without `sigma`, or a fixed weight or `init` that is no number; for an activation or, from
+            the step, a measure that gives no floating tensor.
 
     >>> seg, depth = Task("seg", loss=abs), Task("depth", loss=abs, primary=False)
     >>> encoder = ImpartialEncoder([seg, depth])
@@ -106,6 +109,7 @@ class ImpartialEncoder(Weighting):
             raise ValueError(f"align is true or false, not {align!r}")
         self.align = align
         self.activation = _activation(activation)
+        _check_number("init", init)
         # Buffers, so that no step copies them to the device; not saved, for they follow from tasks and options.
         self.register_buffer("primaries", torch.tensor(self.primary), persistent=False)
         self.measure = measure
@@ -129,13 +133,27 @@ class ImpartialEncoder(Weighting):
         if all(self.primary):
             return torch.ones_like(signals.losses)
         weights = self._measured(signals).to(torch.float64)
+        primaries = self.primaries.to(weights.device)
+        labelled = signals.labelled.to(weights.device)
+        weights = torch.where(labelled & (labelled & primaries).any(), weights, 0.0)
         if self.align:
             norms = signals.norms("features").to(torch.float64)
             # A primary's gradient may be any number of times as long, and a weight has to stay a number.
             most = torch.finfo(signals.losses.dtype).max
             ratio = (self._primary_norm(signals) / norms).clamp(max=most)
             weights = torch.where(norms > 0, (weights * ratio).clamp(max=most), 0.0)
-        return torch.where(self.primaries.to(weights.device), 1.0, weights).to(signals.losses)
+        return torch.where(primaries, 1.0, weights).to(signals.losses)
+
+    def follow(self, rule: Uncertain) -> None:
+        """Go by the σ of this rule, such as the decoder's; without effect under another measure.
+
+        Raises:
+            TypeError: for a rule without `sigma`.
+            ValueError: for a rule made for other tasks.
+        """
+        self._check_uncertain(rule)
+        if self.uncertainty is not None:
+            self.uncertainty = rule
 
     def objective(self, signals: Signals) -> Tensor | None:
         """What trains σ; None for other measures.
@@ -148,10 +166,11 @@ class ImpartialEncoder(Weighting):
     def _measured(self, signals: Signals) -> Tensor:
         """What stands for f(σ) ``[T]``; the primaries' entries are not read."""
         if callable(self.measure):
-            return self.measure(signals)
+            return _cut(_checked("measure", self.measure(signals), signals.losses))
         match self.measure:
             case "uncertainty":
-                return self.activation(1 - self.uncertainty.sigma().to(torch.float64)).clamp(max=1)
+                doubt = 1 - self.uncertainty.sigma().to(torch.float64)
+                return _cut(_checked("activation", self.activation(doubt), doubt))
             case "speed":
                 return self._speed(signals)
             case "norm":
@@ -187,12 +206,12 @@ class ImpartialEncoder(Weighting):
 
     def _cosine(self, signals: Signals) -> Tensor:
         """The cosine to the primaries' sum, at least 0."""
+        # Norms first: those of tiny gradients are no longer in the squares on the Gramian's diagonal.
+        lengths = signals.norms("features").to(torch.float64) * self._primary_norm(signals)
         gramian = signals.gramian("features").to(torch.float64)
         primary = self.primaries.to(gramian.device)
         along = torch.where(primary, gramian, 0.0).sum(dim=1)
-        # A product of lengths, not of their squares: those of tiny gradients would vanish.
-        lengths = gramian.diagonal().sqrt() * self._primary_norm(signals)
-        return torch.where(lengths > 0, along / lengths, 0.0).clamp(0, 1)
+        return _cut(torch.where(lengths > 0, along / lengths, 0.0))
 
     def _primary_norm(self, signals: Signals) -> Tensor:
         """Length of the gradient of the primaries' sum (0-dim)."""
@@ -211,26 +230,56 @@ class ImpartialEncoder(Weighting):
             if name not in auxiliary or name not in weights:
                 what = "is no auxiliary task" if name in weights else "has no fixed weight"
                 raise MissingKey(f"{name!r} {what}; the auxiliary tasks are: {', '.join(auxiliary) or 'none'}")
-            if not 0 <= weights[name] < math.inf:
+            _check_number(f"the fixed weight of {name!r}", weights[name])
+            if weights[name] < 0:
                 raise ValueError(f"the fixed weight of {name!r} must be finite and at least 0, not {weights[name]!r}")
         return torch.tensor([float(weights.get(name, 1.0)) for name in self.tasks], dtype=torch.float64)
 
     def _uncertainty(self, tasks: Sequence[Task], init: float, given: Uncertain | None) -> Uncertain:
         if given is None:
             return Uncertainty(tasks, init=init)
+        self._check_uncertain(given)
+        return given
+
+    def _check_uncertain(self, given: object) -> None:
         if not isinstance(given, Uncertain):
             raise TypeError(f"{type(given).__name__} does not say how uncertain it is: it has no sigma()")
         if given.tasks != self.tasks:
             raise ValueError(f"the uncertainty is of tasks {', '.join(given.tasks)}, not of {', '.join(self.tasks)}")
-        return given
 
 
 def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:
     if callable(activation):
+        doubt = torch.tensor([1.0, 0.3, 0.0, -9.0], dtype=torch.float64)
+        found = _checked("activation", activation(doubt), doubt)
+        if not found.isfinite().all():
+            raise ValueError(f"activation gives {found.tolist()} for 1 − σ = {doubt.tolist()}")
         return activation
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)} or a function, not {activation!r}")
     return _ACTIVATIONS[activation]
+
+
+def _checked(what: str, found: object, like: Tensor) -> Tensor:
+    """What a function of the caller's gave, if it is a floating tensor of this shape."""
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"{what} gives a floating tensor {list(like.shape)}, found {kind}")
+    if found.shape != like.shape:
+        raise ValueError(f"{what} gives a tensor {list(like.shape)}, found {list(found.shape)}")
+    return found
+
+
+def _cut(weights: Tensor) -> Tensor:
+    """Between 0 and 1, where f is; 0 for what is not a number, which would be every gradient's weight in the sum."""
+    return weights.nan_to_num(nan=0.0).clamp(0, 1)
+
+
+def _check_number(what: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{what} is a number, not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{what} must be finite, not {value!r}")
 
 
 def _at_most_one(above: Tensor, below: Tensor) -> Tensor:
@@ -258,10 +307,16 @@ def ial(
         init: first value of log σ²; −0.7.
         frozen: auxiliary tasks whose heads do not learn, see `sidetask_core.FrozenHeads`.
 
+    Raises:
+        ValueError: see `ImpartialEncoder`; from the step, for a primary task in `frozen`.
+        MissingKey: see `ImpartialEncoder`; from the step, for a task in `frozen` without a head.
+        TypeError: see `ImpartialEncoder`; for a name where `frozen` is a list of names.
+
     >>> method = ial([Task("seg", loss=abs), Task("depth", loss=abs, primary=False)])
     >>> method.encoder.uncertainty is method.decoder
     True
     """
+    _check_number("init", init)
     decoder = Uncertainty(tasks, init=init)
     encoder = ImpartialEncoder(tasks, measure=measure, align=align, activation=activation, uncertainty=decoder)
     return Method(augment=FrozenHeads(frozen) if frozen else None, encoder=encoder, decoder=decoder)

@@ -20,6 +20,22 @@ def image_shape(dataset: Dataset) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
+def check_dense(network: str, dataset: Dataset) -> None:
+    """Refuse a dataset of labels per image."""
+    if not dataset.dense:
+        raise ValueError(
+            f"{network} predicts a value per pixel, but dataset {dataset.name!r} has labels per image; use small"
+        )
+
+
+def check_whole(network: str, dataset: Dataset) -> None:
+    """Refuse a dataset of labels per pixel."""
+    if dataset.dense:
+        raise ValueError(
+            f"{network} predicts a label per image, but dataset {dataset.name!r} has labels per pixel; use small"
+        )
+
+
 def check_cut(cut: int | None, stages: int) -> int:
     """The cut between so many stages; None is after the last.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from sidetask_core import SplitModel
 from sidetask_datasets import Dataset
 from torch import Tensor, nn
 
-from sidetask_bench.networks.parts import check_cut, convolution, image_shape, resize
+from sidetask_bench.networks.parts import check_cut, check_dense, convolution, image_shape, resize
 
 _DEPTHS = {18: "resnet18", 50: "resnet50"}
-_FEATURES = {18: 512, 50: 2048}
+FEATURES = {18: 512, 50: 2048}
 
 
 def deeplabv3(
@@ -46,22 +47,33 @@ def deeplabv3(
         ValueError: for a depth other than 18 or 50, an impossible cut, a dataset that is not dense, or weights that
             do not fit (the error names the keys).
     """
-    if depth not in _DEPTHS:
-        raise ValueError(f"depth must be one of {', '.join(map(str, _DEPTHS))}, found {depth!r}")
-    if not dataset.dense:
-        raise ValueError(
-            f"deeplabv3 predicts a value per pixel, but dataset {dataset.name!r} has labels per image; use small"
-        )
+    check_depth(depth)
+    check_dense("deeplabv3", dataset)
     channels, height, width = image_shape(dataset)
     stages = resnet_stages(depth, channels, weights)
     heads = {
-        task.name: AtrousHead(_FEATURES[depth], dataset.outputs[task.name], (height, width)) for task in dataset.tasks
+        task.name: AtrousHead(FEATURES[depth], dataset.outputs[task.name], (height, width)) for task in dataset.tasks
     }
     return SplitModel.from_stages(stages, check_cut(cut, len(stages)), heads)
 
 
-def resnet_stages(depth: int, channels: int = 3, weights: str | Path | None = None) -> list[nn.Sequential]:
-    """Stem and four layers of a ResNet at output stride 8: maps at 1/4, 1/4, 1/8, 1/8, 1/8 of the image."""
+def check_depth(depth: int) -> None:
+    """Refuse a ResNet that is not offered."""
+    if depth not in _DEPTHS:
+        raise ValueError(f"depth must be one of {', '.join(map(str, _DEPTHS))}, found {depth!r}")
+
+
+def resnet_stages(
+    depth: int, channels: int = 3, weights: str | Path | None = None, *, stride: Literal[8, 32] = 8
+) -> list[nn.Sequential]:
+    """Stem and four layers of a ResNet: maps at 1/4, 1/4, 1/8, 1/8, 1/8 of the image, or at 1/4, 1/4, 1/8, 1/16, 1/32.
+
+    Args:
+        depth: 18 or 50.
+        channels: of the image; with other than three, the first convolution is new.
+        weights: a local file with the `state_dict` of torchvision's ResNet of that depth.
+        stride: 8 trades the strides of the last two layers for dilations, 32 is the plain ResNet.
+    """
     import torchvision
 
     net = getattr(torchvision.models, _DEPTHS[depth])(weights=None)
@@ -70,8 +82,9 @@ def resnet_stages(depth: int, channels: int = 3, weights: str | Path | None = No
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     if weights is not None:
         _load(net, Path(weights))
-    _dilate(net.layer3, 2)
-    _dilate(net.layer4, 4)
+    if stride == 8:
+        _dilate(net.layer3, 2)
+        _dilate(net.layer4, 4)
     stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
     return [stem, net.layer1, net.layer2, net.layer3, net.layer4]
 

@@ -10,7 +10,15 @@ from sidetask_datasets import Dataset
 from torch import Tensor, nn
 
 from sidetask_bench.networks.convolutional import Level
-from sidetask_bench.networks.parts import Prediction, check_cut, convolution, image_shape, resize, typical_label
+from sidetask_bench.networks.parts import (
+    Prediction,
+    check_cut,
+    check_dense,
+    convolution,
+    image_shape,
+    resize,
+    typical_label,
+)
 
 
 def unet(dataset: Dataset, *, cut: int | None = None, widths: Sequence[int] = (64, 128, 256, 512, 1024)) -> SplitModel:
@@ -32,10 +40,7 @@ def unet(dataset: Dataset, *, cut: int | None = None, widths: Sequence[int] = (6
     Raises:
         ValueError: for an impossible cut, no stage, images too small, or a dataset that is not dense.
     """
-    if not dataset.dense:
-        raise ValueError(
-            f"unet predicts a value per pixel, but dataset {dataset.name!r} has labels per image; use small"
-        )
+    check_dense("unet", dataset)
     widths = [int(width) for width in widths]
     channels, height, width = image_shape(dataset)
     if not widths or min(widths) < 1:

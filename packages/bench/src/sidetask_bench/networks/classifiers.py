@@ -1,0 +1,120 @@
+"""Networks for labels of whole images: ResNet, VGG-16 and LeNet, split at any stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sidetask_core import SplitModel
+from sidetask_datasets import Dataset
+from torch import Tensor, nn
+
+from sidetask_bench.networks.parts import check_cut, check_whole, image_shape
+from sidetask_bench.networks.resnet import FEATURES, check_depth, resnet_stages
+
+_VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+def resnet(
+    dataset: Dataset,
+    *,
+    cut: int | None = None,
+    depth: int = 18,
+    hidden: int = 512,
+    weights: str | Path | None = None,
+) -> SplitModel:
+    """A ResNet with one head per task: mean over the image, one hidden layer, logits.
+
+    Args:
+        dataset: says how large the images are and which heads there are.
+        cut: how many of the five stages (stem, ``layer1`` … ``layer4``) are shared; all by default.
+        depth: 18 or 50.
+        hidden: width of a head's hidden layer; 512 on CelebA in SAAL. 0: none.
+        weights: a local file with the `state_dict` of torchvision's ResNet of that depth; None trains from scratch.
+
+    Returns:
+        A model from ``[N, C, H, W]`` to ``[N, outputs]`` for each task.
+
+    Raises:
+        ValueError: for another depth, an impossible cut, a dense dataset, or weights that do not fit.
+    """
+    check_depth(depth)
+    check_whole("resnet", dataset)
+    stages = resnet_stages(depth, image_shape(dataset)[0], weights, stride=32)
+    heads = _heads(dataset, FEATURES[depth], hidden)
+    return SplitModel.from_stages(stages, check_cut(cut, len(stages)), heads)
+
+
+def vgg16(dataset: Dataset, *, cut: int | None = None, hidden: int = 512) -> SplitModel:
+    """VGG-16 with batch normalisation for small images, five stages of convolutions.
+
+    Args:
+        dataset: says how large the images are and which heads there are.
+        cut: how many of the five stages are shared; all by default.
+        hidden: width of a head's hidden layer; 0: none.
+
+    Returns:
+        A model from ``[N, C, H, W]`` to ``[N, outputs]`` for each task.
+
+    Raises:
+        ValueError: for an impossible cut, a dense dataset, or images smaller than 32×32.
+    """
+    check_whole("vgg16", dataset)
+    channels, height, width = image_shape(dataset)
+    if min(height, width) < 32:
+        raise ValueError(f"vgg16 halves an image five times; {height}×{width} is too small for that")
+    stages = []
+    for widths in _VGG16:
+        layers: list[nn.Module] = []
+        for outputs in widths:
+            layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            channels = outputs
+        stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
+    return SplitModel.from_stages(stages, check_cut(cut, len(stages)), _heads(dataset, channels, hidden))
+
+
+def lenet(dataset: Dataset, *, cut: int | None = None, hidden: int = 50) -> SplitModel:
+    """The LeNet of the multi-digit benchmark: two convolutions, one hidden layer, linear heads.
+
+    Convolutions 9×9 to 10 and 5×5 to 20 channels, each followed by pooling, as in Pareto multi-task learning
+    ([Lin et al. 2019](https://arxiv.org/abs/1912.12854)) on 36×36 images.
+
+    Args:
+        dataset: says how large the images are and which heads there are.
+        cut: how many of the three stages are shared; all by default.
+        hidden: width of the last shared layer.
+
+    Returns:
+        A model from ``[N, C, H, W]`` to ``[N, outputs]`` for each task.
+
+    Raises:
+        ValueError: for an impossible cut, a dense dataset, or images smaller than 20×20.
+    """
+    check_whole("lenet", dataset)
+    channels, height, width = image_shape(dataset)
+    if min(height, width) < 20:
+        raise ValueError(f"lenet needs images of at least 20×20, found {height}×{width}")
+    rows, columns = (((side - 8) // 2 - 4) // 2 for side in (height, width))
+    stages = [
+        nn.Sequential(nn.Conv2d(channels, 10, 9), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(10, 20, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Flatten(), nn.Linear(20 * rows * columns, hidden), nn.ReLU()),
+    ]
+    heads = {task.name: nn.Linear(hidden, dataset.outputs[task.name]) for task in dataset.tasks}
+    return SplitModel.from_stages(stages, check_cut(cut, len(stages)), heads)
+
+
+def _heads(dataset: Dataset, inputs: int, hidden: int) -> dict[str, nn.Module]:
+    return {task.name: MeanHead(inputs, hidden, dataset.outputs[task.name]) for task in dataset.tasks}
+
+
+class MeanHead(nn.Sequential):
+    """Average a map over the image; one hidden layer, or none; linear."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        inside: Sequence[nn.Module] = [nn.Linear(inputs, hidden), nn.ReLU()] if hidden else []
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *inside, nn.Linear(hidden or inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, outputs]``."""
+        return super().forward(x)

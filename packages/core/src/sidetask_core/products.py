@@ -1,0 +1,113 @@
+"""Convolutions and linear layers, whose products a derivative along a direction need not compute a second time.
+
+Nearly all of a network's work is in them. A forward-mode derivative wants their values beside their derivatives, and
+the values were there when the step itself ran the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+# Each is linear in its input and in its weight, and a bias is added.
+_PRODUCTS = {
+    functional.linear,
+    functional.conv1d,
+    functional.conv2d,
+    functional.conv3d,
+    functional.conv_transpose1d,
+    functional.conv_transpose2d,
+    functional.conv_transpose3d,
+}
+_FACTORS = ("input", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class Product:
+    """What one of them gave.
+
+    Attributes:
+        func: which it was.
+        shapes: of its input and weight.
+        value: what it gave, where the pass that computed it has it, too.
+        version: of that memory, which another one says has been written over; None if that cannot be told.
+    """
+
+    func: Callable[..., Tensor]
+    shapes: Sequence[torch.Size]
+    value: Tensor
+    version: int | None
+
+    @property
+    def intact(self) -> bool:
+        """Whether `value` is still what it was."""
+        return self.version is not None and self.value._version == self.version
+
+
+class Noted(TorchFunctionMode):
+    """Notes the products of what runs within it, in `found`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Product] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        value = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            shapes = [factor.shape for factor in _factors(args, kwargs or {})[:2]]
+            there = value.detach()
+            self.found.append(Product(func, shapes, there, None if there.is_inference() else there._version))
+        return value
+
+
+class Reused(TorchFunctionMode):
+    """Takes the values of products from an earlier run of the same, and computes their derivatives alone.
+
+    From one on that is not what it was then, all are computed.
+    """
+
+    def __init__(self, noted: Sequence[Product]) -> None:
+        super().__init__()
+        self.noted = iter(noted)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        known = next(self.noted, None) if func in _PRODUCTS else None
+        if known is None:
+            return func(*args, **kwargs)
+        factors = _factors(args, kwargs)
+        if known.func is not func or [factor.shape for factor in factors[:2]] != known.shapes:
+            self.noted = iter(())
+            return func(*args, **kwargs)
+        parts = [(None, None) if factor is None else forward_ad.unpack_dual(factor) for factor in factors]
+        (x, dx), (weight, dweight), (_, dbias) = parts
+        pairs = [(a, b) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None]
+        if not known.intact or (dbias is not None and not pairs):
+            return func(*args, **kwargs)
+        options = {name: option for name, option in kwargs.items() if name not in _FACTORS}
+        # The derivative by the bias is added once.
+        moved = [func(*pair, b, *args[3:], **options) for pair, b in zip(pairs, (dbias, None), strict=False)]
+        if not moved:
+            return known.value
+        return forward_ad.make_dual(known.value, moved[0] if len(moved) == 1 else moved[0].add_(moved[1]))
+
+
+def can_be_noted(model: nn.Module) -> bool:
+    """Whether the products of a network can be seen; those of compiled modules cannot."""
+    return not any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _factors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Input, weight and bias of a product."""
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(_FACTORS)]

@@ -1,0 +1,194 @@
+"""Products that a step has computed are not computed once more, and what is made of them is what it was."""
+
+import pytest
+import torch
+from sidetask_core import Batch, Method, Shaper, SplitModel, Step, Task, products
+from sidetask_core.testing import close
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Asking(Shaper):
+    """One question to the signals in every step."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.ask, self.found = ask, []
+
+    def forward(self, losses, target):
+        return torch.ones_like(losses)
+
+    def update(self, signals):
+        found = self.ask(signals)
+        self.found.append(None if found is None else found.slopes)
+
+
+ASK = {
+    "ahead": lambda signals: signals.lookahead_elements("b"),
+    "back": lambda signals: signals.hindsight_elements("b"),
+}
+
+
+class Encoder(nn.Module):
+    """Every kind of product, some of which are written over, or have a factor that is constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding="same", padding_mode="reflect")
+        self.norm = nn.BatchNorm2d(4)
+        self.up = nn.ConvTranspose2d(4, 4, 2, stride=2, groups=2, bias=False)
+        self.frozen = nn.Conv2d(4, 4, 1).requires_grad_(False)
+        self.shift = nn.Conv2d(4, 4, 1)
+        self.shift.weight.requires_grad_(False)
+        self.line = nn.Conv1d(4, 3, 3)
+
+    def forward(self, x):
+        x = functional.relu(self.first(x), inplace=True)
+        x = self.up(self.norm(x)).tanh()
+        x = self.frozen(x) + self.shift(torch.ones_like(x))
+        with torch.no_grad():
+            gate = functional.linear(x, torch.eye(x.shape[-1], dtype=x.dtype)).sigmoid()
+        return self.line((gate * x).flatten(2))
+
+
+class Head(nn.Module):
+    """A linear layer called by keywords, twice with the same weight."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.lin = nn.Linear(size, size)
+
+    def forward(self, x):
+        x = functional.linear(weight=self.lin.weight, input=x, bias=self.lin.bias).tanh()
+        return functional.linear(x, self.lin.weight, bias=self.lin.bias)
+
+
+def network():
+    torch.manual_seed(0)
+    heads = {"a": nn.Linear(22, 22), "b": Head(22)}
+    branch = nn.Sequential(nn.Conv1d(3, 2, 1), nn.Dropout(0.2), nn.Linear(30, 22))
+    return SplitModel(Encoder(), heads, {"both": branch}, {"a": "both", "b": "both"}).double()
+
+
+def tasks():
+    return [Task("a", lambda p, y: (p - y) ** 2), Task("b", lambda p, y: (p - y) ** 2, primary=False)]
+
+
+def data(count):
+    torch.manual_seed(1)
+    return [
+        Batch(
+            torch.randn(3, 2, 2, 4, dtype=torch.float64),
+            {name: torch.randn(3, 2, 22, dtype=torch.float64) for name in "ab"},
+        )
+        for _ in range(count)
+    ]
+
+
+def slopes(model, way, steps=4):
+    shaper = Asking(ASK[way])
+    step, optimizer = Step(model, tasks(), Method(shapers={"b": shaper})), torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(2)
+    for batch in data(steps):
+        optimizer.zero_grad()
+        step.backward(batch, validation=batch, optimizer=optimizer)
+        optimizer.step()
+    return shaper.found[1:]
+
+
+@pytest.mark.parametrize("way", ASK)
+def test_slopes_are_what_they_are_without(way, monkeypatch):
+    found = slopes(network(), way)
+    monkeypatch.setattr("sidetask_core.passes.can_be_noted", lambda model: False)
+    for one, expected in zip(found, slopes(network(), way), strict=True):
+        close(one, expected, "slopes", rtol=1e-12)
+    assert expected.abs().max() > 1e-6
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts convolutions and matrix products, forward and forward-mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_derivatives_are_multiplied():
+    """Through three layers, the first of which has an input that does not move: five products instead of eight."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 5).double() for _ in range(4)]
+    model = SplitModel(nn.Sequential(layers[0], nn.Tanh(), layers[1]), {"a": layers[2], "b": layers[3]})
+    counts = []
+
+    def ask(signals):
+        # What a look does besides: the step's own gradients, at first.
+        signals.gradients("features")
+        with Multiplications() as counted:
+            found = signals.hindsight_elements("b")
+        counts.append(counted.count)
+        return found
+
+    step = Step(model, tasks(), Method(shapers={"b": Asking(ask)}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(2, 6, 5, dtype=torch.float64)
+    for _ in range(4):
+        step.backward(Batch(x, {"a": y, "b": y}), optimizer=optimizer)
+    # The main task's gradient comes first: weighed at the features, of two weights and of what is between them.
+    assert counts[0] == 0
+    assert counts[1] > counts[2] == counts[3] == 4 + 5
+
+
+def test_from_a_product_that_is_another_one_on_all_are_computed():
+    """A network that takes another way in another run, as nobody can foresee."""
+    first, second, third = nn.Linear(3, 3), nn.Linear(3, 4), nn.Linear(4, 4)
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        with products.Noted() as noted:
+            third(second(first(x)))
+        with products.Reused(noted.found):
+            assert first(x) is noted.found[0].value
+            assert torch.equal(third(x.new_ones(2, 4)), functional.linear(x.new_ones(2, 4), third.weight, third.bias))
+            assert torch.equal(second(x), functional.linear(x, second.weight, second.bias))
+        with products.Reused(noted.found):
+            for layer, one in zip((first, second, third), noted.found, strict=True):
+                assert layer(torch.zeros(2, layer.in_features)) is one.value
+
+
+def test_what_was_written_over_or_cannot_be_watched_is_computed():
+    layer, x = nn.Linear(3, 3), torch.randn(2, 3)
+    for run in (lambda: layer(x).relu_(), torch.inference_mode()(lambda: layer(x))):
+        with torch.no_grad():
+            with products.Noted() as noted:
+                run()
+            with products.Reused(noted.found):
+                assert torch.equal(layer(x), functional.linear(x, layer.weight, layer.bias))
+            assert not noted.found[0].intact
+
+
+@pytest.mark.parametrize("way", ["ahead", "back"])
+def test_only_who_differentiates_exactly_keeps_products(way):
+    for mode in ("exact", "one-sided"):
+        model = network()
+        ask = {"ahead": "lookahead_elements", "back": "hindsight_elements"}[way]
+        shaper = Asking(lambda signals, ask=ask, mode=mode: getattr(signals, ask)("b", mode=mode))
+        step, optimizer = (
+            Step(model, tasks(), Method(shapers={"b": shaper})),
+            torch.optim.SGD(model.parameters(), lr=0.1),
+        )
+        kept = []
+        for batch in data(3):
+            step.backward(batch, validation=batch, optimizer=optimizer)
+            kept.append({*step._memory.noted})
+        assert kept[-1] == ({"b"} if mode == "exact" else set())
+
+
+def test_products_of_compiled_modules_are_not_noted():
+    model = network()
+    assert products.can_be_noted(model)
+    model.heads["a"].compile(backend="eager")
+    assert not products.can_be_noted(model)

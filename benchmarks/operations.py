@@ -2,8 +2,9 @@
 
     python benchmarks/operations.py
     python benchmarks/operations.py --write
+    python benchmarks/operations.py --transfers --write
 
-It is the floor of their time. Of the methods that add transfers it is counted for several numbers of tasks, and
+With ``--transfers`` it is counted of the methods that add transfers, for several numbers of tasks, and
 ``results/transfers.svg`` draws how it grows, with the times that `step_cost.py` has measured. Counted are the
 convolutions and matrix products of one step in the settings of `step_cost.py`, forward, backward and forward-mode; of
 a method that learns in every fifth step, those of five steps by five. The count is the same on every machine of one
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,13 @@ def of_transfers() -> tuple[list[float], dict[str, list[float]]]:
     shares: list[float] = []
     rows: dict[str, list[float]] = {row: [] for row in TRANSFERS if row != "equal"}
     for tasks in TASKS:
-        setting = half_shared("cpu", images=2, tasks=tasks)
+        setting = half_shared("cpu", images=2, tasks=tasks, size=(32, 48))
         shares.append(share_of_heads(setting))
         equal = operations(ours(setting, "equal", "equal"))
         for row, ratios in rows.items():
             step = ours(setting, row, TRANSFERS[row][0])
-            step()
+            for _ in range(2):
+                step()
             ratios.append(operations(step) / equal)
     return shares, rows
 
@@ -108,7 +111,11 @@ def main() -> None:
     """Count, print, and write what was counted if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the figures to benchmarks/results/")
+    parser.add_argument("--transfers", action="store_true", help="of the methods that add transfers, and growth")
     options = parser.parse_args()
+    if options.transfers:
+        with_transfers(options.write)
+        return
     # The ratios do not depend on how many images there are.
     settings = [dense("cpu", images=2), classification("cpu", images=2), decoders("cpu", images=2)]
     torch.set_num_threads(1)
@@ -135,28 +142,34 @@ def main() -> None:
         "| (in the heads) | " + " | ".join(f"{100 * share:.0f} %" for share in shares) + " |",
         *(f"| {row} | " + " | ".join(texts) + " |" for row, texts in figures.items()),
     ]
+    report("operations", lines, {"shares": shares, "rows": rows}, options.write)
+
+
+def with_transfers(write: bool) -> None:
+    """Count, print, write and draw those of the methods that add transfers."""
+    torch.set_num_threads(1)
     many, transfers = of_transfers()
-    lines += [
-        "",
+    lines = [
         "| operations / equal, half-shared | " + " | ".join(f"T = {tasks}" for tasks in TASKS) + " |",
         "|---|" + "---:|" * len(TASKS),
         "| (in branches and heads) | " + " | ".join(f"{100 * share:.0f} %" for share in many) + " |",
         *(f"| {row} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |" for row, ratios in transfers.items()),
     ]
+    report("transfers", lines, {"tasks": TASKS, "shares": many, "rows": transfers}, write)
+    if write:
+        draw(transfers, RESULTS / "transfers.svg")
+
+
+def report(name: str, lines: Sequence[str], figures: dict[str, Any], write: bool) -> None:
+    """Print a table, and write it with its figures if asked to."""
     head = f"torch {torch.__version__.split('+')[0]}"
     text = "\n".join(["### Operations", "", *lines, "", head, ""])
     print(text)
-    if options.write:
-        stem = RESULTS / "operations"
+    if write:
+        stem = RESULTS / name
         stem.parent.mkdir(exist_ok=True)
         stem.with_suffix(".md").write_text(text)
-        stem.with_suffix(".json").write_text(
-            json.dumps(
-                {"where": head, "shares": shares, "rows": rows, "tasks": TASKS, "transfers": transfers}, indent=1
-            )
-            + "\n"
-        )
-        draw(transfers, RESULTS / "transfers.svg")
+        stem.with_suffix(".json").write_text(json.dumps({"where": head} | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

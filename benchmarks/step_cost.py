@@ -206,11 +206,12 @@ def classification(device: str, images: int | None = None) -> Setting:
     return prepared("T = 20, classification", tasks, model, batch, device)
 
 
-def half_shared(device: str, images: int | None = None, tasks: int = 3) -> Setting:
+def half_shared(device: str, images: int | None = None, tasks: int = 3, size: tuple[int, int] | None = None) -> Setting:
     """The dense tasks, or several of each, all primary, on a ResNet-18 of which stem, layer1 and layer2 are shared."""
     from sidetask_datasets import tasks as kinds
 
-    size, usual = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
+    normal, usual = ((64, 96), 4) if device == "cpu" else ((288, 384), 8)
+    size = size or normal
     images = images or usual
     makers = [lambda name: kinds.segmentation(name, 13), kinds.depth, kinds.normals]
     outputs = [13, 1, 3]

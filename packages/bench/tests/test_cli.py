@@ -211,7 +211,7 @@ def test_prepare_prints_every_problem_and_has_status_1(sidetask: Callable[..., R
     ("arguments", "message"),
     [
         (["frams"], "no installed package offers a dataset 'frams'; did you mean 'frames'?"),
-        (["scenes"], "dataset 'scenes' is not read from files"),
+        (["scenes"], "dataset 'scenes' decodes no files"),
         (["frames", "colour=3"], "dataset 'frames' has no option 'colour'; there are: tasks, validation"),
         (["frames", "root=x"], "the root of the files is the second argument"),
         (["frames", "tasks"], "expected key.path=value"),

@@ -138,7 +138,8 @@ def draw_cityscapes(root: Path) -> list[list[Pixels]]:
         parts = 1 + batch.targets["parts"][index].numpy() % 5
         uids = numpy.where(numpy.isin(ids, (24, 26, 28)), ids * 100_000 + 100 + parts, ids)
         save(folder / f"part_seg/{index}.tif", uids.astype(numpy.int32))
-        disparity = 1 + 256 * 60 / batch.targets["depth"][index, 0].numpy()
+        # Of a full-size image ten times as wide as this one.
+        disparity = 1 + 256 * 250 / batch.targets["depth"][index, 0].numpy()
         save(folder / f"depth/{index}.png", disparity.astype(numpy.uint16), "I;16")
     return rows(cityscapes(root, validation=1), [0, 1, 2])
 

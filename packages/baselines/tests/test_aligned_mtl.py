@@ -7,6 +7,8 @@ from sidetask_baselines.aligned_mtl import AlignedMTL, align, aligned_mtl
 from sidetask_baselines.simplex import SolverFailure
 from sidetask_core.testing import conformance, tiny_tasks
 
+pytestmark = pytest.mark.thorough
+
 TestAlignedMTL = conformance(aligned_mtl)
 TestAlignedMTLAtFeatures = conformance(aligned_mtl, at="features")
 TestAlignedMTLToTheMedian = conformance(aligned_mtl, singular_value="median", scale="paper")

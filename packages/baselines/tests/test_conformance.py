@@ -1,3 +1,4 @@
+import pytest
 from sidetask_baselines.cagrad import cagrad
 from sidetask_baselines.dwa import dwa
 from sidetask_baselines.fixed import equal, fixed
@@ -7,6 +8,8 @@ from sidetask_baselines.pcgrad import pcgrad
 from sidetask_baselines.rlw import rlw
 from sidetask_baselines.uncertainty import uncertainty
 from sidetask_core.testing import conformance
+
+pytestmark = pytest.mark.thorough
 
 TestEqual = conformance(equal)
 TestFixed = conformance(fixed, weights={"a": 1.0, "b": 0.5, "c": 0.0})

@@ -11,6 +11,8 @@ from sidetask_core.step import Step
 from sidetask_core.testing import batches, conformance, problem, tiny_tasks
 from torch import nn
 
+pytestmark = pytest.mark.thorough
+
 TestGCS = conformance(gcs)
 TestGCSAtFeatures = conformance(gcs, at="features")
 TestGCSSoft = conformance(gcs, mode="soft")

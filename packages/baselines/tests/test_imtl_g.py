@@ -9,6 +9,8 @@ from sidetask_baselines.imtl_g import IMTLG, equal_projections, imtl_g
 from sidetask_baselines.simplex import SolverFailure
 from sidetask_core.testing import conformance, tiny_tasks
 
+pytestmark = pytest.mark.thorough
+
 TestIMTLG = conformance(imtl_g)
 TestIMTLGAtParameters = conformance(imtl_g, at="parameters")
 TestIMTLGOnThePapersScale = conformance(imtl_g, scale="paper")

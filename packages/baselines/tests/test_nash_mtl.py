@@ -11,6 +11,8 @@ from sidetask_baselines.simplex import SolverFailure
 from sidetask_core import Batch, Method, SplitModel, Step, Task
 from sidetask_core.testing import conformance, squared, tiny_tasks
 
+pytestmark = pytest.mark.thorough
+
 TASKS = tiny_tasks()
 
 

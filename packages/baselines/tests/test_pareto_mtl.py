@@ -19,6 +19,8 @@ from sidetask_baselines.simplex import min_norm_weights
 from sidetask_core import Batch, Equal, MissingKey, Step
 from sidetask_core.testing import batches, conformance, problem, tiny_tasks, train
 
+pytestmark = pytest.mark.thorough
+
 AXES = [{"a": 1.0}, {"b": 1.0}, {"c": 1.0}, {"a": 1.0, "b": 2.0, "c": 1.0}]
 
 TestParetoMTL = conformance(pareto_mtl)

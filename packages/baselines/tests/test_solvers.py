@@ -10,6 +10,8 @@ from sidetask_baselines.cagrad import conflict_averse
 from sidetask_baselines.pcgrad import project
 from sidetask_baselines.simplex import SolverFailure, min_norm_weights, shortest, vectors
 
+pytestmark = pytest.mark.thorough
+
 
 def test_vectors_reproduce_the_gramian(matrices):
     for g in matrices:

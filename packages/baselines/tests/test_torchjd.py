@@ -20,6 +20,8 @@ from sidetask_core.testing import batches, conformance, in_two_processes, proble
 from torch import nn
 from torchjd import aggregation
 
+pytestmark = pytest.mark.thorough
+
 TASKS = tiny_tasks()
 OPTIONS = {
     "CAGrad": {"c": 0.4},

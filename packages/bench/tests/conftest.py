@@ -54,6 +54,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests decode is theirs alone."""
+    monkeypatch.setenv("SIDETASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs Python in another process; `killed` expects it to die of SIGKILL."""

@@ -8,6 +8,8 @@ from sidetask_bench import Experiment, load_experiment
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.document import dump
 
+pytestmark = pytest.mark.thorough
+
 TINY = [
     "dataset.size=[16, 24]",
     "dataset.train=8",

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from sidetask_bench import Experiment, ExperimentError, tables, train
 from sidetask_bench.cli import app
 from sidetask_bench.document import presets
+from sidetask_datasets import frames as factory
 from typer.testing import CliRunner, Result
 
 SHORT = ["--set", "training.epochs=1", "--set", "dataset.train=16"]
@@ -159,3 +161,66 @@ def test_two_processes_train_one_run(
     (folder / "result.json").unlink()
     with pytest.raises(ExperimentError, match=r"written by 2 process\(es\), and this is 1"):
         train(load(*changes).run(None, 0), folder)
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> Path:
+    """A folder of frames, each of one grey."""
+    root = tmp_path / "frames"
+    for kind, (mode, ending) in {"image": ("RGB", "jpg"), "depth": ("I;16", "png")}.items():
+        (root / kind).mkdir(parents=True)
+        for i in range(6):
+            grey = (9 * i, 9 * i, 9 * i + 1) if mode == "RGB" else 500 * i + 500
+            Image.new(mode, (8, 6), grey).save(root / kind / f"{i}.{ending}")
+    (root / "train.txt").write_text("0\n1\n2\n3")
+    (root / "test.txt").write_text("4\n5")
+    return root
+
+
+def test_prepare_decodes_once_and_says_what_it_takes(
+    sidetask: Callable[..., Result], frames: Path, tmp_path: Path
+) -> None:
+    arguments = ["prepare", "frames", frames, "tasks=[depth]", "validation=1", "--cache", tmp_path / "room", "-j", 1]
+    done = sidetask(*arguments)
+    assert done.exit_code == 0, done.output
+    words = done.output.split()
+    for expected in ("train", "4", "test", "2", str(3 * 48), str(2 * 48), str(5 * 48)):
+        assert expected in words
+    arrays = {path: path.stat().st_mtime_ns for path in (tmp_path / "room" / "frames").rglob("*.npy")}
+    assert len(arrays) == 4
+    # A training with other options of the same files finds them.
+    factory(root=frames, tasks=["depth"], validation=2, cache=tmp_path / "room")
+    assert sidetask(*arguments).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in arrays} == arrays
+
+
+def test_prepare_prints_every_problem_and_has_status_1(sidetask: Callable[..., Result], frames: Path) -> None:
+    for path in (frames / "depth" / "3.png", frames / "image" / "5.jpg"):
+        path.write_bytes(path.read_bytes()[:40])
+    done = sidetask("prepare", "frames", frames, "tasks=[depth]", "-j", 1)
+    assert done.exit_code == 1
+    assert f"error: {frames / 'depth' / '3.png'}: cannot be decoded as PNG" in done.output
+    assert f"error: {frames / 'image' / '5.jpg'}: cannot be decoded as JPEG" in done.output
+    assert "2 problems" in done.output
+    done = sidetask("prepare", "frames", frames / "nowhere")
+    assert done.exit_code == 1
+    assert "nowhere: no such folder" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frams"], "no installed package offers a dataset 'frams'; did you mean 'frames'?"),
+        (["scenes"], "dataset 'scenes' decodes no files"),
+        (["frames", "colour=3"], "dataset 'frames' has no option 'colour'; there are: tasks, validation"),
+        (["frames", "root=x"], "the root of the files is the second argument"),
+        (["frames", "tasks"], "expected key.path=value"),
+    ],
+)
+def test_prepare_refuses_what_it_does_not_know(
+    sidetask: Callable[..., Result], frames: Path, arguments: list[str], message: str
+) -> None:
+    name, *options = arguments
+    done = sidetask("prepare", name, frames, *options)
+    assert done.exit_code == 2
+    assert message in done.output

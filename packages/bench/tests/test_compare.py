@@ -14,6 +14,8 @@ from sidetask_bench.compare import summarize
 from sidetask_bench.trainer import Trainer
 from sidetask_core import Task
 
+pytestmark = pytest.mark.thorough
+
 Loader = Callable[..., Experiment]
 
 

@@ -7,6 +7,8 @@ from PIL import Image
 from sidetask_bench import gallery, load_experiment, load_run, records, train
 from sidetask_bench.schema import ExperimentError
 
+pytestmark = pytest.mark.thorough
+
 DENSE = {"name": "scenes", "size": [16, 24], "train": 4, "validation": 2, "test": 5, "tasks": ["segmentation", "depth"]}
 LABELS = {"name": "digits", "train": 16, "validation": 4, "test": 12}
 

@@ -12,6 +12,8 @@ from sidetask_bench.cli import app
 from sidetask_bench.document import dump
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.thorough
+
 SMALL = {"name": "small", "widths": [4, 8], "head_width": 4}
 TRAINING = {"epochs": 1, "batch_size": 4, "optimizer": {"name": "adam", "lr": 0.01}, "threads": 1}
 

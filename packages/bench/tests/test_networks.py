@@ -9,6 +9,8 @@ from sidetask_core import Batch, Step, Task
 from sidetask_saal import SelfAuxiliaries
 from torch import nn
 
+pytestmark = pytest.mark.thorough
+
 DENSE = {"segmentation": 13, "depth": 1, "normals": 3}
 PAIR = {"depth": 1, "normals": 3}
 LABELS = {"left": 10, "right": 10}

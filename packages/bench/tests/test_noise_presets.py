@@ -12,6 +12,8 @@ from sidetask_core import Batch, Report, Step
 
 from .test_run import KILLED
 
+pytestmark = pytest.mark.thorough
+
 TASKS = ["segmentation", "depth", "normals", "noise"]
 # 4 steps an epoch, 3 epochs.
 TINY = [

@@ -9,6 +9,8 @@ from sidetask_bench.cli import app
 from sidetask_bench.document import dump
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.thorough
+
 PAPER = {
     "source": "A. Author 2020, Table 1",
     "size": "big pictures, 200 epochs",

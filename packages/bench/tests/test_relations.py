@@ -21,6 +21,8 @@ from sidetask_bench.schema import ExperimentError
 from sidetask_saal import Relations
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.thorough
+
 SHORT = "training.epochs=2"
 
 

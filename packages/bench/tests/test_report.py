@@ -13,6 +13,8 @@ from PIL import Image
 from sidetask_bench import plots, records, report, tables
 from sidetask_bench.gallery import Gallery, Legend, Picture, Strip
 
+pytestmark = pytest.mark.thorough
+
 TASKS = {
     "segmentation": {"mIoU": True, "accuracy": True},
     "depth": {"absolute": False, "rmse": False},

@@ -16,6 +16,8 @@ from sidetask_bench.storage import StepLog
 from sidetask_bench.trainer import Trainer
 from sidetask_core import Batch, NonFiniteLoss, Report, Step
 
+pytestmark = pytest.mark.thorough
+
 CPU = torch.device("cpu")
 Loader = Callable[..., Experiment]
 

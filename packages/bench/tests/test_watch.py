@@ -11,6 +11,8 @@ from sidetask_bench.progress import Display
 from sidetask_bench.watch import watch
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.thorough
+
 Loader = Callable[..., Experiment]
 
 

@@ -15,6 +15,8 @@ from sidetask_bench import Experiment, ExperimentError, compare, runtime, storag
 from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_core import Step, StepFailure
 
+pytestmark = pytest.mark.thorough
+
 Loader = Callable[..., Experiment]
 
 

@@ -138,9 +138,9 @@ def test_only_derivatives_are_multiplied():
     x, y = torch.randn(2, 6, 5, dtype=torch.float64)
     for _ in range(4):
         step.backward(Batch(x, {"a": y, "b": y}), optimizer=optimizer)
-    # The main task's gradient comes first: weighed at the features, of two weights and of what is between them.
+    # The main task's gradient comes first: of two weights, and of what is between them.
     assert counts[0] == 0
-    assert counts[1] > counts[2] == counts[3] == 4 + 5
+    assert counts[1] > counts[2] == counts[3] == 3 + 5
 
 
 def test_from_a_product_that_is_another_one_on_all_are_computed():

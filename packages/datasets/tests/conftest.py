@@ -10,3 +10,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Whatever a test decodes is its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SIDETASK_CACHE", str(folder))
+    return folder

@@ -22,7 +22,7 @@ def test_normals_survive_to_a_hundredth_of_a_degree():
     torch.testing.assert_close(lengths[lengths > 0.5], torch.ones(2 * 256 - 1))
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("classes", (1, 1, 3)), ("edges", (1, 1, 1, 3))])
+@pytest.mark.parametrize(("kind", "shape"), [("classes", (1, 1, 3)), ("binary", (1, 1, 1, 3))])
 def test_the_highest_byte_is_unlabelled(kind, shape):
     read = Column(torch.tensor([[[0, 12, 255]]], dtype=torch.uint8), kind).read(torch.tensor([0]))
     assert read.shape == shape
@@ -39,8 +39,19 @@ def test_images_are_standardised():
 
 def test_a_tensor_of_another_kind_is_refused():
     with pytest.raises(
-        ValueError, match=r"a column of depth is stored as torch.int16 .* found torch.float32 \[1, 2, 2\]"
+        ValueError,
+        match=r"a column of depth is stored as torch.int16 or torch.float32 .* found torch.float64 \[1, 2, 2\]",
     ):
-        Column(torch.zeros(1, 2, 2), "depth")
+        Column(torch.zeros(1, 2, 2, dtype=torch.float64), "depth")
     with pytest.raises(ValueError, match=r"a column's kind is one of image, .* not 'thing'"):
         Column(torch.zeros(1), "thing")
+
+
+def test_depth_and_disparity_have_the_scale_of_their_column_or_none():
+    bits = torch.tensor([[[0, 1, 40000 - 65536]]], dtype=torch.int16)
+    read = Column(bits, "disparity", scale=1 / 1024).read(torch.tensor([0]))
+    torch.testing.assert_close(read.flatten(), torch.tensor([0.0, 1 / 1024, 40000 / 1024]))
+    values = torch.rand(2, 3, 4)
+    for kind in ("depth", "disparity"):
+        assert torch.equal(Column(values, kind).read(torch.tensor([1])), values[None, 1:])
+    assert torch.equal(Column(values[0], "vector").read(torch.tensor([2, 0])), values[0, [2, 0]])

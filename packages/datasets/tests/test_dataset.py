@@ -21,7 +21,7 @@ def test_a_task_without_an_output_or_a_view_is_named():
         Dataset(**options, **splits, outputs={"a": 2}, views={})
 
 
-@pytest.mark.parametrize("name", ["scenes", "digits", "frames"])
+@pytest.mark.parametrize("name", ["cityscapes", "digits", "frames", "nyuv2", "scenes"])
 def test_factories_are_found_by_name(name):
     assert find("datasets", name) is getattr(sidetask_datasets, name)
 

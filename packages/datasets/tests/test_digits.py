@@ -12,8 +12,7 @@ def test_two_digits_overlap_by_the_brighter_pixel():
     assert torch.equal(first[1, SHIFT : SHIFT + TILE, 1 : 1 + TILE], scans[1])
     assert first.long().sum((1, 2)).tolist() == scans[:2].long().sum((1, 2)).tolist()
     ink = torch.full((1, TILE, TILE), 200, dtype=torch.uint8)
-    split = _pairs(ink, torch.tensor([7], dtype=torch.int16), 64, key=3, names=("top_left", "bottom_right"))
-    corners = split.inputs.data[:, 0]
+    corners = _pairs(ink, torch.tensor([7], dtype=torch.int16), 64, key=3)[0][:, 0]
     assert corners.max() == 200
     rows = (corners > 0).any(2)
     top = rows.long().argmax(1)
@@ -81,6 +80,9 @@ def test_all_digits_occur_at_both_places():
             {"tasks": ["top_left"], "primary": ["bottom_right"]},
             "unknown primary task 'bottom_right'; there are: top_left",
         ),
+        ({"source": "letters"}, "unknown source 'letters'; there are: scans, mnist, fashion"),
+        ({"source": "mnist"}, "source 'mnist' needs a root"),
+        ({"root": "."}, "source 'scans' is of no root"),
         ({"train": 0}, "train is a number of samples, at least 1, found 0"),
         ({"test": 2.5}, "test is a number of samples, at least 1, found 2.5"),
     ],

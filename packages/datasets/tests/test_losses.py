@@ -26,6 +26,13 @@ CASES = {
     "cosine": (tasks.normals(), random(2, 3, 4, 6), unit(random(2, 3, 4, 6)), (2, 1, 4, 6)),
     "l1": (tasks.normals(loss="l1"), random(2, 3, 4, 6), unit(random(2, 3, 4, 6)), (2, 1, 4, 6)),
     "elements": (tasks.normals(loss="elements"), random(2, 3, 4, 6), unit(random(2, 3, 4, 6)), (2, 3, 4, 6)),
+    "disparity": (tasks.disparity(), random(2, 1, 4, 6), random(2, 1, 4, 6).clamp(min=0), (2, 1, 4, 6)),
+    "saliency": (
+        tasks.saliency(),
+        random(2, 1, 4, 6),
+        torch.randint(-1, 2, (2, 1, 4, 6), generator=GENERATOR),
+        (2, 1, 4, 6),
+    ),
     "edges": (
         tasks.edges(),
         random(2, 1, 4, 6),
@@ -128,7 +135,10 @@ def test_an_unknown_loss_of_normals_is_named():
 
 
 def test_tasks_are_made_by_their_usual_names():
-    made = {name: tasks.dense(name, 4) for name in ("segmentation", "parts", "depth", "normals", "edges")}
+    made = {
+        name: tasks.dense(name, 4)
+        for name in ("segmentation", "parts", "depth", "disparity", "normals", "edges", "saliency")
+    }
     assert all(isinstance(task, Task) and task.name == name for name, task in made.items())
     assert {name: next(iter(task.metrics)) for name, task in made.items()} == {
         "segmentation": "mIoU",
@@ -136,5 +146,25 @@ def test_tasks_are_made_by_their_usual_names():
         "depth": "absolute",
         "normals": "mean",
         "edges": "odsF",
+        "disparity": "absolute",
+        "saliency": "IoU",
     }
     assert all(metric.higher_is_better in (True, False) for task in made.values() for metric in task.metrics.values())
+
+
+def test_saliency_weighs_both_sides_of_an_image_alike():
+    """Against the definition, image by image; what is in the batch beside an image changes nothing."""
+    prediction, target = random(4, 1, 5, 6), torch.randint(-1, 2, (4, 1, 5, 6), generator=GENERATOR)
+    target[3] = 0
+    found = losses.balanced_saliency(prediction, target)
+    for row in range(4):
+        known, salient = target[row] >= 0, target[row] == 1
+        share = (salient.sum() / known.sum()).item()
+        for place in known.nonzero().tolist():
+            logit = prediction[row][tuple(place)].double()
+            p = logit.sigmoid()
+            one = -(1 - share) * p.log() if salient[tuple(place)] else -share * (1 - p).log()
+            assert found[row][tuple(place)].item() == pytest.approx(one.item(), rel=1e-4, abs=1e-6)
+        alone = losses.balanced_saliency(prediction[row : row + 1], target[row : row + 1])
+        assert torch.equal(alone[0], found[row])
+    assert not found[3].any()

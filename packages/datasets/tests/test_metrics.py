@@ -36,6 +36,8 @@ CASES = {
     "mean angle": (metrics.MeanAngle(), random(COUNT, 3, 3, 4), directions()),
     "median angle": (metrics.MedianAngle(), random(COUNT, 3, 3, 4), directions()),
     "within": (metrics.WithinAngle(60.0), random(COUNT, 3, 3, 4), directions()),
+    "F1": (metrics.f1(6), random(COUNT, 6), integers(-1, 6, COUNT)),
+    "IoU": (metrics.BestIoU(), random(COUNT, 1, 3, 4), integers(-1, 2, COUNT, 1, 3, 4)),
     "odsF": (metrics.EdgeF(), random(COUNT, 1, 3, 4), integers(-1, 2, COUNT, 1, 3, 4)),
     "noise": (metrics.AbsoluteError(), random(COUNT, 1, 3, 4), random(COUNT, 1, 3, 4)),
 }
@@ -107,7 +109,9 @@ def test_metrics_say_which_way_is_better(case):
     assert metric.full_state_update is False
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "accuracy" not in name and name not in EVERYTHING_LABELLED])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if "accuracy" not in name and name != "F1" and name not in EVERYTHING_LABELLED]
+)
 def test_nothing_labelled_is_not_a_number(name):
     metric, prediction, target = CASES[name]
     nothing = torch.zeros_like(target) if target.is_floating_point() else torch.full_like(target, -1)
@@ -197,3 +201,28 @@ def test_edge_f_is_the_best_over_thresholds():
     assert value(metrics.EdgeF(), prediction, target) == pytest.approx(best)
     perfect = torch.where(target > 0, 9.0, -9.0)
     assert value(metrics.EdgeF(), perfect, target) == 1
+
+
+def test_f1_agrees_with_sklearn():
+    _, prediction, target = CASES["F1"]
+    known = target >= 0
+    expected = f1_score(target[known], prediction.argmax(1)[known], average="macro")
+    assert value(metrics.f1(6), prediction, target) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_saliency_measure_is_the_best_over_thresholds_of_the_mean_over_images():
+    _, prediction, target = CASES["IoU"]
+    target = target.clone()
+    target[0] = -1
+    target[1] = 0
+    means = []
+    for k in range(100):
+        shares = []
+        for score, truth in zip(prediction.double().sigmoid(), target, strict=True):
+            found, known = (score >= k / 100)[truth >= 0], truth[truth >= 0] == 1
+            if len(known):
+                either = (known | found).sum().item()
+                shares.append((known & found).sum().item() / either if either else 1.0)
+        means.append(sum(shares) / len(shares))
+    assert value(metrics.BestIoU(), prediction, target) == pytest.approx(max(means))
+    assert value(metrics.BestIoU(), torch.where(target > 0, 9.0, -9.0), target) == 1

@@ -135,7 +135,7 @@ def test_half_is_the_best_guess():
 def test_any_dense_dataset_takes_it():
     split = ResidentSplit(
         Column(torch.zeros(3, 1, 4, 6, dtype=torch.uint8), "image"),
-        {"edges": Column(torch.zeros(3, 4, 6, dtype=torch.uint8), "edges")},
+        {"edges": Column(torch.zeros(3, 4, 6, dtype=torch.uint8), "binary")},
         Augmentation(),
     )
     toy = Dataset(
@@ -143,7 +143,7 @@ def test_any_dense_dataset_takes_it():
         tasks=(tasks.edges(),),
         **dict.fromkeys(SPLITS, split),
         outputs={"edges": 1},
-        views={"edges": View("edges")},
+        views={"edges": View("binary")},
         input_view=View("image"),
         dense=True,
     )

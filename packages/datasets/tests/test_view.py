@@ -9,7 +9,7 @@ def test_a_target_and_a_certain_prediction_look_alike():
     target = torch.tensor([[0, 1], [2, 0]])
     logits = torch.nn.functional.one_hot(target, 3).permute(2, 0, 1).float()
     assert (view.image(target) == view.image(logits)).all()
-    edges = View("edges")
+    edges = View("binary")
     truth = torch.tensor([[[0, 1, -1]]])
     assert (edges.image(truth) == edges.image(torch.tensor([[[-99.0, 99.0, -99.0]]]))).all()
     assert edges.image(truth)[0, :, 0].tolist() == [0, 255, 0]

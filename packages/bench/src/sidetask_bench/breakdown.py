@@ -41,6 +41,9 @@ class Breakdown:
             raise unknown(task, names, "breakdown", "task")
         if self.by not in names or self.by == task:
             raise unknown(self.by, [name for name in names if name != task], f"{path}.by", "task")
+        inputs = {one.name: one.input for one in dataset.tasks}
+        if inputs[self.by] != inputs[task]:
+            raise ExperimentError(f"{path}.by: task {self.by!r} does not label the inputs of task {task!r}")
         found = dataset.views[self.by].classes
         if found and self.edges:
             raise ExperimentError(f"{path}.edges: task {self.by!r} has classes already")

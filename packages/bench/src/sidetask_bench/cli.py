@@ -19,6 +19,7 @@ from sidetask_bench import document, tables
 from sidetask_bench.compare import compare as run_comparison
 from sidetask_bench.config import Experiment, load_experiment
 from sidetask_bench.label import label as write_labels
+from sidetask_bench.prepare import prepare as decode
 from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_bench.run import train as run_training
 from sidetask_bench.runtime import cores, processes
@@ -158,6 +159,36 @@ def demo(
         failed |= _compare(load_experiment(name), runs / name, at_once, overwrite, command, _console())
     if failed:
         raise typer.Exit(1)
+
+
+@app.command("prepare")
+@_reported
+def prepare_dataset(
+    dataset: Annotated[str, typer.Argument(help="The name of a data set that is read from files.")],
+    root: Annotated[Path, typer.Argument(help="Where its files are.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its options.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", help="Processes that decode; one for each core if not given.", min=1)
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where caches are kept; else SIDETASK_CACHE or ~/.cache.")] = None,
+) -> None:
+    """Check the files of a data set, every one of them, and decode them for all trainings to come."""
+    from sidetask_datasets import DataErrors  # here, because what it imports is slow to
+
+    given = document.override({}, options or ())
+    try:
+        found = decode(dataset, root, given, jobs=jobs or cores(), cache=cache)
+    except DataErrors as error:
+        for problem in error.problems:
+            typer.echo(f"error: {problem}", err=True)
+        typer.echo(f"{len(error.problems)} problems; nothing is kept that is not whole", err=True)
+        raise typer.Exit(1) from error
+    console = _console()
+    table = Table("split", "samples", *found.bytes, "bytes per sample")
+    for split, count in found.samples.items():
+        table.add_row(split, str(count), *map(str, found.bytes.values()), str(sum(found.bytes.values())))
+    console.print(table)
+    console.print(f"cache: {found.folder}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command("label")

@@ -85,7 +85,8 @@ def collect(comparison: Comparison, samples: int | None = None) -> Gallery:
         for index in indices:
             batch = dataset.test[index]
             for task in dataset.tasks:
-                if task.name not in model.heads:
+                # Not trained here, or of a domain that has fewer samples.
+                if task.name not in model.heads or batch.input_of(task) is None:
                     continue
                 if (index, task.name) not in strips:
                     strips[index, task.name] = _start(dataset, task, batch, index)
@@ -172,8 +173,11 @@ def _legend(task: Task, view: View, truths: Sequence[Tensor]) -> Legend:
             return Legend("Red faces right, green up, blue the camera; black has no label.")
         case "distribution":
             return Legend("The likeliest class; black has no label.")
-        case "edges":
-            return Legend("White is an edge; a prediction is as bright as its probability.")
+        case "binary":
+            return Legend("White is what is sought; a prediction is as bright as its probability.")
+        case "vector":
+            low, high = view.limits
+            return Legend(f"A bar for each number, from {low:g} to {high:g}; up is above zero.")
         case _:
             return Legend("The class, as the network names it.")
 

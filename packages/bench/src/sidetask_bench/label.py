@@ -65,6 +65,8 @@ def label(
         raise ExperimentError(
             f"{run}: its network sees images {list(dataset.input_shape)}, those to label are {list(images.input_shape)}"
         )
+    if any(one.input is not None for one in images.tasks):
+        raise ExperimentError(f"{images.name}: every task has images of its own; there are none to label for all")
     height, width = images.input_shape[-2:]
     if kind == "tokens" and (patch < 1 or height % patch or width % patch):
         raise ExperimentError(f"--patch: patches of {patch}×{patch} do not divide images of {height}×{width} pixels")

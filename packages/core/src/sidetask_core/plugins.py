@@ -28,7 +28,10 @@ _HOMES = {
         "sidetask-saal": "saal-e saal-w saal-ew",
         "sidetask-classwise": "classwise",
     },
-    "datasets": {"sidetask-datasets": "scenes digits frames pseudo"},
+    "datasets": {
+        "sidetask-datasets": "celeba cifar100_domains cityscapes digits frames nyuv2 pascal_context pseudo "
+        "rlbench scenes virtual_kitti"
+    },
     "networks": {"sidetask-bench": "small deeplabv3 unet"},
 }
 

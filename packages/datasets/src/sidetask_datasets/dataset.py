@@ -49,18 +49,30 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, ``(C, H, W)``."""
-        return tuple(self.validation[0].inputs.shape[1:])
+        """Shape of one input, ``(C, H, W)``; where tasks have inputs of their own, these are of one shape."""
+        inputs = self.validation[0].inputs
+        return tuple((next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs).shape[1:])
 
     def show_input(self, sample: Tensor) -> Pixels:
         """The picture of one input ``[C, H, W]`` as it is in a batch: ``[H, W, 3]`` uint8."""
         return self.input_view.image(sample)
 
-    def to(self, device: torch.device | str) -> Dataset:
-        """The same dataset with its samples on `device`; metrics stay where they are."""
-        return replace(
-            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
-        )
+    def to(self, device: torch.device | str, memory: int | None = None) -> Dataset:
+        """The same dataset with its samples on `device`; metrics stay where they are.
+
+        Args:
+            device: where batches appear.
+            memory: so many bytes of the device are for samples: first train, then validation and test live there if
+                they fit into what is left, and are streamed batch by batch if not. None: half of what is free on a CUDA
+                device; on any other there is no limit.
+        """
+        if memory is None and torch.device(device).type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0] // 2
+        splits = {}
+        for name in ("train", "validation", "test"):
+            splits[name] = getattr(self, name).to(device, memory)
+            memory = None if memory is None else memory - splits[name].nbytes
+        return replace(self, **splits)
 
 
 def choose(kind: str, asked: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
@@ -106,6 +118,15 @@ def check_switches(**switches: object) -> None:
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} is true or false, found {value!r}")
+
+
+def check_size(size: Sequence[int] | None) -> tuple[int, int] | None:
+    """A height and a width in pixels as a pair, after checking that it is one; None stays."""
+    if size is None:
+        return None
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"size is a height and a width in pixels, found {size!r}")
+    return size[0], size[1]
 
 
 def check_counts(**counts: object) -> None:

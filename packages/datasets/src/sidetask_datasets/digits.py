@@ -1,29 +1,54 @@
-"""Two overlapping handwritten digits per image, two tasks: the multi-digits benchmark without a download.
+"""Two overlapping handwritten digits, or pieces of clothing, per image, two tasks: the multi-digits benchmark.
 
-The scans are the 1797 that scikit-learn brings (8×8 pixels, UCI optical recognition of handwritten digits), enlarged
-to 20×20 on a 28×28 tile, as MNIST has them. One tile stands in the top left corner of a 36×36 image, another in the
-bottom right one, each moved towards the middle by 0 to 4 pixels along both axes; where they overlap, the brighter pixel
-shows.
+Without a download, the scans are the 1797 that scikit-learn brings (8×8 pixels, UCI optical recognition of handwritten
+digits), enlarged to 20×20 on a 28×28 tile, as MNIST has them. MNIST and Fashion-MNIST are read from their own files,
+as they are or compressed, in a folder or where torchvision keeps them in it::
+
+    root/[MNIST/raw/ or FashionMNIST/raw/]{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]
+
+One tile stands in the top left corner of a 36×36 image, another in the bottom right one, each moved towards the middle
+by 0 to 4 pixels along both axes; where they overlap, the brighter pixel shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gzip
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sidetask_datasets import draws, tasks
 from sidetask_datasets.columns import Column
-from sidetask_datasets.dataset import Dataset, check_counts, check_seed, choose, choose_primary
-from sidetask_datasets.split import ResidentSplit
+from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
+from sidetask_datasets.files import DataError
+from sidetask_datasets.split import ResidentSplit, Split
 from sidetask_datasets.view import View
 
 TASKS = ("top_left", "bottom_right")
+SOURCES = ("scans", "mnist", "fashion")
+CLOTHES = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 SIZE, TILE, SCAN, SHIFT = 36, 28, 20, 4
-# Mean and standard deviation of the pixels of the default training split.
-MEAN, STD = (0.16,), (0.31,)
+# Mean and standard deviation of the pixels: of the default training split of the scans; of single images of the others.
+STATISTICS = {"scans": (0.16, 0.31), "mnist": (0.1307, 0.3081), "fashion": (0.2860, 0.3530)}
+_FOLDERS = {"mnist": "MNIST", "fashion": "FashionMNIST"}
+_MOST = 1_000_000  # images in a file; a header can claim any number
 
 
 def digits(
@@ -34,11 +59,16 @@ def digits(
     seed: int = 0,
     tasks: Sequence[str] = TASKS,
     primary: Iterable[str] | None = None,
+    source: str = "scans",
+    root: str | Path | None = None,
+    download: bool = False,
     device: torch.device | str = "cpu",
 ) -> Dataset:
     """Two-digit images, ``[N, 1, 36, 36]``, with a 10-class task for each corner.
 
-    Scans are divided first (60 %, 20 %, 20 %, seeded) and paired within a split only, so that no scan is in two splits.
+    Scans are divided first and paired within a split only, so that no scan is in two splits: 60 %, 20 % and 20 % of
+    scikit-learn's, seeded; of MNIST and Fashion-MNIST the test files are the test split, and a sixth of the others,
+    seeded, is for validation.
 
     Args:
         train: images to train on.
@@ -47,10 +77,14 @@ def digits(
         seed: of the division, the pairs and the shifts.
         tasks: among "top_left" and "bottom_right".
         primary: the tasks that count; None for all.
+        source: "scans", "mnist" or "fashion".
+        root: the folder of the files of MNIST or Fashion-MNIST.
+        download: let torchvision fetch these into `root`, if they are not there.
         device: where the images live.
 
     Raises:
-        ValueError: for an unknown task or fewer than 1 image.
+        DataError: beginning with the path of a file that is missing, damaged, or not what its name says.
+        ValueError: for an unknown task or source, fewer than 1 image, or a root that is missing or not needed.
 
     >>> data = digits(train=8, validation=2, test=2)
     >>> batch = next(data.train.batches(4))
@@ -61,27 +95,112 @@ def digits(
     wanted = choose_primary(primary, names)
     check_counts(train=train, validation=validation, test=test)
     check_seed(seed)
-    scans, labels = _scans()
-    order = draws.permutation(draws.key(seed, "digits"), len(scans))
-    borders = (0, len(scans) * 6 // 10, len(scans) * 8 // 10, len(scans))
+    check_switches(download=download)
+    (source,) = choose("source", source, SOURCES)
+    if (root is None) != (source == "scans"):
+        raise ValueError(f"source {source!r} " + ("needs a root" if root is None else "is of no root"))
+    pools = _scan_pools(seed) if root is None else _file_pools(source, Path(root), download, seed)
+    mean, std = STATISTICS[source]
     splits = {}
-    for index, (split, count) in enumerate({"train": train, "validation": validation, "test": test}.items()):
-        pool = order[borders[index] : borders[index + 1]]
-        splits[split] = _pairs(scans[pool], labels[pool], count, draws.key(seed, "digits", split), names).to(device)
-    return _assemble(names, wanted, splits)
+    for split, count in {"train": train, "validation": validation, "test": test}.items():
+        images, targets = _pairs(*pools[split], count, draws.key(seed, "digits", split))
+        columns = {name: Column(targets[name], "label") for name in names}
+        splits[split] = ResidentSplit(Column(images, "image", (mean,), (std,)), columns)
+    classes = CLOTHES if source == "fashion" else tuple(str(digit) for digit in range(10))
+    return _assemble(names, wanted, splits, classes, View("image", mean=(mean,), std=(std,))).to(device)
 
 
-def _assemble(names: Sequence[str], wanted: frozenset[str], splits: dict[str, ResidentSplit]) -> Dataset:
-    classes = tuple(str(digit) for digit in range(10))
+def _assemble(
+    names: Sequence[str], wanted: frozenset[str], splits: Mapping[str, Split], classes: tuple[str, ...], view: View
+) -> Dataset:
     return Dataset(
         name="digits",
         tasks=tuple(tasks.classification(name, 10, primary=name in wanted) for name in names),
         **splits,
         outputs=dict.fromkeys(names, 10),
         views={name: View("label", classes=classes, size=(SIZE, SIZE)) for name in names},
-        input_view=View("image", mean=MEAN, std=STD),
+        input_view=view,
         dense=False,
     )
+
+
+# For each split its tiles [N, 28, 28] uint8 and their labels [N] int16.
+_Pools = dict[str, tuple[Tensor, Tensor]]
+
+
+def _scan_pools(seed: int) -> _Pools:
+    scans, labels = _scans()
+    order = draws.permutation(draws.key(seed, "digits"), len(scans))
+    first, second = len(scans) * 6 // 10, len(scans) * 8 // 10
+    ids = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
+    return {split: (scans[rows], labels[rows]) for split, rows in ids.items()}
+
+
+def _file_pools(source: str, root: Path, download: bool, seed: int) -> _Pools:
+    folder = _folder(source, root)
+    if folder is None and download:
+        from torchvision import datasets
+
+        fetch = datasets.MNIST if source == "mnist" else datasets.FashionMNIST
+        fetch(str(root), download=True)
+        folder = _folder(source, root)
+    if folder is None:
+        raise DataError(f"{root}: holds no train-images-idx3-ubyte, with or without .gz; download=True fetches it")
+    found = {}
+    for name in ("train", "t10k"):
+        images, labels = _idx_path(folder, f"{name}-images-idx3"), _idx_path(folder, f"{name}-labels-idx1")
+        tiles, ids = read_idx(images, 3), read_idx(labels, 1)
+        if tiles.shape[1:] != (TILE, TILE) or not len(tiles):
+            raise DataError(f"{images}: expected images of {TILE}×{TILE} pixels, found shape {list(tiles.shape)}")
+        if len(ids) != len(tiles):
+            raise DataError(f"{labels}: has {len(ids)} labels, {images.name} has {len(tiles)} images")
+        if ids.max() > 9:
+            raise DataError(f"{labels}: label {int(ids.max())}; there are 10 classes")
+        found[name] = (tiles, ids.to(torch.int16))
+    tiles, ids = found["train"]
+    order = draws.permutation(draws.key(seed, "digits"), len(tiles))
+    held = order[: max(len(tiles) // 6, 1)]
+    rest = order[len(held) :]
+    if not len(rest):
+        raise DataError(f"{folder}: one image to train on is too few")
+    return {"train": (tiles[rest], ids[rest]), "validation": (tiles[held], ids[held]), "test": found["t10k"]}
+
+
+def _folder(source: str, root: Path) -> Path | None:
+    for folder in (root, root / _FOLDERS[source] / "raw"):
+        if _idx_path(folder, "train-images-idx3").is_file():
+            return folder
+    return None
+
+
+def _idx_path(folder: Path, stem: str) -> Path:
+    plain = folder / f"{stem}-ubyte"
+    return plain if plain.is_file() else folder / f"{stem}-ubyte.gz"
+
+
+def read_idx(path: Path, ndim: int) -> Tensor:
+    """The bytes of an idx file, of so many dimensions; one whose name ends in .gz is decompressed.
+
+    Raises:
+        DataError: if it cannot be read, holds another type or number of dimensions, or not as many bytes as it says.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4 + 4 * ndim)
+            if len(head) < 4 + 4 * ndim or head[:4] != bytes([0, 0, 8, ndim]):
+                raise DataError(f"{path}: does not begin as an idx file of bytes in {ndim} dimensions")
+            shape = struct.unpack(f">{ndim}I", head[4:])
+            if shape[0] > _MOST or max(shape[1:], default=0) > 1024:
+                raise DataError(f"{path}: claims shape {list(shape)}")
+            size = int(numpy.prod(shape))
+            content = file.read(size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if len(content) != size:
+        raise DataError(
+            f"{path}: has {'more than ' if len(content) > size else ''}{min(len(content), size)} bytes of {size}"
+        )
+    return torch.from_numpy(numpy.frombuffer(bytearray(content), numpy.uint8)).view(shape)
 
 
 def _scans() -> tuple[Tensor, Tensor]:
@@ -96,15 +215,14 @@ def _scans() -> tuple[Tensor, Tensor]:
     return tiles.to(torch.uint8), torch.as_tensor(digits, dtype=torch.int16)
 
 
-def _pairs(scans: Tensor, labels: Tensor, count: int, key: int, names: Sequence[str]) -> ResidentSplit:
+def _pairs(scans: Tensor, labels: Tensor, count: int, key: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images ``[count, 1, 36, 36]`` and for each corner the labels."""
     numbers = draws.uniform(key, torch.arange(count), 6)
     chosen = (numbers[:, :2] * len(scans)).long()
     shifts = (numbers[:, 2:] * (SHIFT + 1)).long()
     first = _place(scans[chosen[:, 0]], shifts[:, 0], shifts[:, 1])
     second = _place(scans[chosen[:, 1]], SIZE - TILE - shifts[:, 2], SIZE - TILE - shifts[:, 3])
-    images = torch.maximum(first, second).unsqueeze(1)
-    found = {name: Column(labels[chosen[:, side]], "label") for side, name in enumerate(TASKS)}
-    return ResidentSplit(Column(images, "image", MEAN, STD), {name: found[name] for name in names})
+    return torch.maximum(first, second).unsqueeze(1), {name: labels[chosen[:, side]] for side, name in enumerate(TASKS)}
 
 
 def _place(tiles: Tensor, top: Tensor, left: Tensor) -> Tensor:

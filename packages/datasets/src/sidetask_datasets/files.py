@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tokenize
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
@@ -15,13 +14,51 @@ from PIL import Image
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _LONGEST = 200  # file systems end names at 255 bytes, and an ending follows
-_Item = TypeVar("_Item")
-_MODES = {"colour": ("RGB",), "vectors": ("RGB",), "bytes": ("L", "P"), "words": ("I;16", "I;16B", "I")}
-_WANTED = {"colour": "8-bit RGB", "vectors": "8-bit RGB", "bytes": "8-bit grey", "words": "16-bit grey"}
+_MODES = {
+    "colour": ("RGB",),
+    "vectors": ("RGB",),
+    "bytes": ("L", "P"),
+    "words": ("I;16", "I;16B", "I"),
+    "numbers": ("I", "I;16", "I;16B", "L"),
+}
+_WANTED = {
+    "colour": "8-bit RGB",
+    "vectors": "8-bit RGB",
+    "bytes": "8-bit grey",
+    "words": "16-bit grey",
+    "numbers": "integer",
+}
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+# What a damaged header or body makes numpy and Pillow raise.
+_BROKEN = (
+    OSError,
+    ValueError,
+    TypeError,
+    SyntaxError,
+    EOFError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    tokenize.TokenError,
+)
 
 
 class DataError(ValueError):
     """Something is wrong with a file; the message begins with its path."""
+
+
+class DataErrors(DataError):
+    """Something is wrong with several files; the first line of the message names one and says how many more.
+
+    Attributes:
+        problems: one line each, beginning with a path.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        first, *others = self.problems
+        more = f" (and {len(others)} more problems)" if others else ""
+        super().__init__("\n".join([first + more, *others]))
 
 
 def read_ids(path: Path) -> list[str]:
@@ -66,26 +103,31 @@ def check_apart(first: Path, ids: Iterable[str], second: Path, others: Iterable[
         raise DataError(f"{second}: {shared[0]!r} is also in {first} ({len(shared)} shared); splits must be disjoint")
 
 
-def check_present(paths: Sequence[Path]) -> None:
-    """Refuse missing files, all at once.
+def check_ids(path: Path, pixels: NDArray[Any], classes: int) -> None:
+    """Refuse a class id that has no name; 255 is unlabelled.
 
     Raises:
-        DataError: naming the first missing file and how many there are.
+        DataError: naming it.
     """
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        more = f" ({len(missing)} of {len(paths)} files are missing)" if len(missing) > 1 else ""
-        raise DataError(f"{missing[0]}: no such file{more}")
+    wrong = pixels[(pixels >= classes) & (pixels != 255)]
+    if wrong.size:
+        raise DataError(f"{path}: class id {wrong[0]}; there are {classes} classes, and 255 is unlabelled")
+
+
+def missing(paths: Iterable[Path]) -> list[str]:
+    """A problem for each path that is not that of a file; a link that leads nowhere or in a circle is none."""
+    return [f"{path}: no such file" for path in paths if not path.is_file()]
 
 
 def read_picture(
     path: Path, kind: str, size: tuple[int, int] | None = None, original: tuple[int, int] | None = None
 ) -> NDArray[Any]:
-    """The pixels of a JPEG or PNG file.
+    """The pixels of a JPEG, PNG or TIFF file.
 
     Args:
         path: of the file. Only the format that its ending names is decoded, whatever it holds.
-        kind: "colour" or "vectors" ``[H, W, 3]`` uint8, "bytes" ``[H, W]`` uint8 or "words" ``[H, W]`` uint16.
+        kind: "colour" or "vectors" ``[H, W, 3]`` uint8, "bytes" ``[H, W]`` uint8, "words" ``[H, W]`` uint16 or
+            "numbers" ``[H, W]`` int32.
         size: the height and width to bring it to: colour by averaging what a new pixel covers, the others by taking
             the nearest pixel, since a mean of labels is no label.
         original: the height and width that the file must have.
@@ -93,7 +135,7 @@ def read_picture(
     Raises:
         DataError: if it cannot be decoded, or has another size or another kind of pixel.
     """
-    formats = ("PNG" if path.suffix.lower() == ".png" else "JPEG",)
+    formats = (_FORMATS.get(path.suffix.lower(), "JPEG"),)
     try:
         with Image.open(path, formats=formats) as picture:
             if picture.mode not in _MODES[kind]:
@@ -107,17 +149,92 @@ def read_picture(
             pixels = numpy.array(whole)
     except DataError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*_BROKEN, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be decoded as {formats[0]}: {error}") from error
+    if kind == "numbers":
+        pixels = pixels.astype(numpy.int32)
     if kind == "words":
         if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
             raise DataError(f"{path}: expected 16-bit values, found {pixels.min()} to {pixels.max()}")
         pixels = pixels.astype(numpy.uint16)
-    if size is not None and pixels.shape[:2] != size:
-        rows = ((numpy.arange(size[0]) + 0.5) * pixels.shape[0] / size[0]).astype(int)
-        columns = ((numpy.arange(size[1]) + 0.5) * pixels.shape[1] / size[1]).astype(int)
-        pixels = pixels[rows[:, None], columns[None, :]]
-    return pixels
+    return pixels if size is None else nearest(pixels, size)
+
+
+def nearest(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """An array ``[H, W, ...]`` brought to another height and width, each new pixel the one at its centre."""
+    if pixels.shape[:2] == size:
+        return pixels
+    rows = ((numpy.arange(size[0]) + 0.5) * pixels.shape[0] / size[0]).astype(int)
+    columns = ((numpy.arange(size[1]) + 0.5) * pixels.shape[1] / size[1]).astype(int)
+    return pixels[rows[:, None], columns[None, :]]
+
+
+def averaged(pixels: NDArray[numpy.uint8], size: tuple[int, int]) -> NDArray[numpy.uint8]:
+    """A photograph ``[H, W, 3]`` brought to another height and width, by averaging what a new pixel covers."""
+    if pixels.shape[:2] == size:
+        return pixels
+    return numpy.array(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """The array in a .npy file, mapped: no more is read than is there, whatever the header says.
+
+    Raises:
+        DataError: if it is none; a pickle is never opened.
+    """
+    try:
+        array = numpy.load(path, mmap_mode="r", allow_pickle=False)
+    except _BROKEN as error:
+        raise DataError(f"{path}: cannot be read as an array: {error}") from error
+    if not isinstance(array, numpy.ndarray):
+        array.close()
+        raise DataError(f"{path}: cannot be read as an array: it is an archive")
+    return array
+
+
+def listed(folder: Path) -> list[str]:
+    """The names in a folder, but for hidden ones.
+
+    Raises:
+        DataError: if it is not there or cannot be read.
+    """
+    try:
+        return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read as a folder: {error.strerror or error}") from error
+
+
+def paired(folders: Mapping[str, Path], patterns: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The ids of the samples in some folders, each with a file for every sample.
+
+    Args:
+        folders: a folder for each field.
+        patterns: for each field the name of a sample's file, with ``{}`` for the id.
+
+    Returns:
+        The ids that every folder has, numbers in order of their value, and a problem for each file that is missing,
+        or that has no such name.
+
+    Raises:
+        DataError: for a folder that cannot be read.
+    """
+    found: dict[str, set[str]] = {}
+    problems = []
+    for name, folder in folders.items():
+        front, back = patterns[name].split("{}")
+        found[name] = set()
+        for file in listed(folder):
+            middle = file[len(front) : len(file) - len(back)]
+            if file.startswith(front) and file.endswith(back) and _ID.fullmatch(middle):
+                found[name].add(middle)
+            else:
+                problems.append(f"{folder / file}: does not belong here; files are {patterns[name].format('ID')}")
+    every: set[str] = set().union(*found.values())
+    for name, folder in folders.items():
+        problems += missing(folder / patterns[name].format(id_) for id_ in sorted(every - found[name]))
+        problems += missing(folder / patterns[name].format(id_) for id_ in sorted(found[name]))
+    both = every.intersection(*found.values())
+    return sorted(both, key=lambda id_: (0, int(id_), id_) if id_.isdecimal() else (1, 0, id_)), problems
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -129,18 +246,5 @@ def picture_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as picture:
             return picture.height, picture.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*_BROKEN, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be decoded: {error}") from error
-
-
-def in_threads(work: Callable[[_Item], None], items: Iterable[_Item]) -> None:
-    """Do `work` for every item, several at a time; the first error is raised. Decoders leave Python's lock."""
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise

@@ -13,30 +13,27 @@ The tree, as NYU Depth v2 is often kept::
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from sidetask_datasets import tasks as task_kinds
+from sidetask_datasets.adapter import MEAN, STD, Folder, dense_targets, hold_out, read_dataset
 from sidetask_datasets.augment import Augmentation
-from sidetask_datasets.columns import Column
-from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
-from sidetask_datasets.files import (
-    DataError,
-    check_apart,
-    check_present,
-    in_threads,
-    picture_size,
-    read_ids,
-    read_picture,
+from sidetask_datasets.dataset import (
+    Dataset,
+    check_counts,
+    check_seed,
+    check_size,
+    check_switches,
+    choose,
+    choose_primary,
 )
-from sidetask_datasets.noise import with_noise
-from sidetask_datasets.split import ResidentSplit
-from sidetask_datasets.view import View
+from sidetask_datasets.files import DataError, check_apart, check_ids, missing, picture_size, read_ids, read_picture
+from sidetask_datasets.source import Field, Item, Source
 
 TASKS = ("segmentation", "depth", "normals")
 NYUV2_CLASSES = (
@@ -54,14 +51,11 @@ NYUV2_CLASSES = (
     "wall",
     "window",
 )
-# Of the images of ImageNet, which pretrained encoders expect and which fit any photographs well enough.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_PIXELS = {"image": "colour", "normal": "vectors", "depth": "words", "label": "bytes"}
-_FOLDERS = {"segmentation": "label", "depth": "depth", "normals": "normal"}
+_FOLDERS = {"image": "image", "segmentation": "label", "depth": "depth", "normals": "normal"}
 
 
 def frames(
-    root: str | Path,
+    root: Folder,
     tasks: Sequence[str] = TASKS,
     *,
     validation: int = 159,
@@ -71,9 +65,10 @@ def frames(
     seed: int = 0,
     normals_loss: str = "cosine",
     noise: bool = False,
+    cache: Folder | None = None,
     device: torch.device | str = "cpu",
 ) -> Dataset:
-    """A folder of frames in the tree above, decoded once into compact tensors on the device.
+    """A folder of frames in the tree above, decoded once into a cache.
 
     Args:
         root: the folder.
@@ -85,109 +80,100 @@ def frames(
         seed: of `noise`, and of nothing else, since the files say what is in which split.
         normals_loss: "cosine", "l1" or "elements", see `losses`.
         noise: add an auxiliary task "noise", see `with_noise`.
+        cache: where decoded frames are kept, see `cache.cache_folder`.
         device: where the frames live.
 
     Raises:
         DataError: a ValueError that begins with the path of the file at fault: a root, list or picture that is missing,
             an id that could leave the folder, is repeated or is in both splits, an empty list, a picture that cannot be
-            decoded or has other pixels or another size than expected, a class id that has no name.
-        ValueError: for an unknown task or loss, a switch that is neither true nor false, or if nothing is left to train
-            on.
+            decoded or has other pixels or another size than expected, a class id that has no name. Nothing left to
+            train on. All problems of the pictures come together, in one `DataErrors`.
+        ValueError: for an unknown task or loss, or a switch that is neither true nor false.
     """
     names = choose("task", tasks, TASKS)
     wanted = choose_primary(primary, names)
     check_counts(validation=validation)
     check_seed(seed)
     check_switches(noise=noise)
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ValueError(f"size is a height and a width in pixels, found {size!r}")
+    targets = dense_targets(
+        names, wanted, classes={"segmentation": classes}, limits={"depth": (0.7, 8.0)}, normals_loss=normals_loss
+    )
+    source = frames_source(root, names, size=size, classes=classes)
+    parts = hold_out(source, validation)
+    return read_dataset(
+        source, targets, parts, augmentation=Augmentation(), noise=noise, seed=seed, cache=cache, device=device
+    )
+
+
+def frames_source(
+    root: Folder,
+    tasks: Sequence[str] = TASKS,
+    *,
+    size: Sequence[int] | None = None,
+    classes: Sequence[str] = NYUV2_CLASSES,
+) -> Source:
+    """The files of `frames`, which says what the arguments are and what is raised."""
+    names = choose("task", tasks, TASKS)
+    wanted = check_size(size)
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; it should hold train.txt, test.txt and the pictures")
     train_file, test_file = root / "train.txt", root / "test.txt"
-    train, test = read_ids(train_file), read_ids(test_file)
-    check_apart(train_file, train, test_file, test)
-    if len(train) <= validation:
-        raise ValueError(f"{train_file}: with {len(train)} ids, {validation} for validation leave none to train on")
-    lists = {"train": train[:-validation], "validation": train[-validation:], "test": test}
-    folders = [_FOLDERS[name] for name in names]
-    check_present([_path(root, folder, id_) for folder in ["image", *folders] for id_ in train + test])
-    shape = (size[0], size[1]) if size is not None else picture_size(_path(root, "image", train[0]))
-
-    def load(ids: list[str], augmentation: Augmentation | None) -> ResidentSplit:
-        found = _decode(root, ids, folders, shape, size is not None, len(classes))
-        image = Column(found["image"], "image", MEAN, STD)
-        targets = {name: _column(name, found) for name in names}
-        return ResidentSplit(image, targets, augmentation).to(device)
-
-    chosen = tuple(task_kinds.dense(name, len(classes), name in wanted, normals_loss) for name in names)
-    views = {
-        "segmentation": View("classes", classes=tuple(classes)),
-        "depth": View("scalar", limits=(0.7, 8.0)),
-        "normals": View("normals"),
+    lists = {"train": read_ids(train_file), "test": read_ids(test_file)}
+    check_apart(train_file, lists["train"], test_file, lists["test"])
+    splits: dict[str, list[dict[str, Item]]] = {}
+    for split, ids in lists.items():
+        splits[split] = []
+        for id_ in ids:
+            image = root / "image" / f"{id_}.jpg"
+            paths = {name: root / _FOLDERS[name] / f"{id_}.png" for name in names}
+            splits[split].append({name: (path, image) for name, path in {"image": image, **paths}.items()})
+    everything = [path for samples in splits.values() for sample in samples for path, _ in sample.values()]
+    problems = missing(everything)
+    shape = (0, 0) if problems else wanted or picture_size(splits["train"][0]["image"][0])
+    # If they are resized, frames may differ in size, but never the pictures of one frame.
+    options: dict[str, Any] = {"shape": shape, "resize": wanted is not None}
+    fields = {
+        "image": Field("image", (3, *shape), "uint8", partial(read_colour, **options), MEAN, STD),
+        "segmentation": Field("classes", shape, "uint8", partial(read_classes, classes=len(classes), **options)),
+        "depth": Field("depth", shape, "int16", partial(read_depth, **options)),
+        "normals": Field("normals", (3, *shape), "int8", partial(read_normals, **options)),
     }
-    outputs = {"segmentation": len(classes), "depth": 1, "normals": 3}
-    data = Dataset(
+    return Source(
         name="frames",
-        tasks=chosen,
-        train=load(lists["train"], Augmentation()),
-        validation=load(lists["validation"], None),
-        test=load(lists["test"], None),
-        outputs={name: outputs[name] for name in names},
-        views={name: views[name] for name in names},
-        input_view=View("image", mean=MEAN, std=STD),
-        dense=True,
+        root=root,
+        fields={name: fields[name] for name in ("image", *names)},
+        splits=splits,
+        settings={"size": wanted, "classes": len(classes)},
+        problems=problems,
     )
-    return with_noise(data, seed) if noise else data
 
 
-def _path(root: Path, folder: str, id_: str) -> Path:
-    return root / folder / f"{id_}.{'jpg' if folder == 'image' else 'png'}"
+def read_colour(path: Path, image: Path, *, shape: tuple[int, int], resize: bool) -> NDArray[Any]:
+    """A photograph, ``[3, H, W]`` uint8."""
+    return _pixels(path, image, "colour", shape, resize).transpose(2, 0, 1)
 
 
-def _decode(
-    root: Path, ids: list[str], folders: list[str], shape: tuple[int, int], resize: bool, classes: int
-) -> dict[str, Tensor]:
-    """Every picture of the ids, folder by folder, ``[N, ...]`` in the types of columns."""
-    stored = {
-        "image": (3, numpy.uint8),
-        "normal": (3, numpy.int8),
-        "depth": (1, numpy.int16),
-        "label": (1, numpy.uint8),
-    }
-    arrays = {
-        folder: numpy.empty((len(ids), *shape, stored[folder][0]), stored[folder][1]) for folder in ["image", *folders]
-    }
-
-    def work(index: int) -> None:
-        # Frames may differ in size if they are resized, but never the pictures of one frame.
-        original = picture_size(_path(root, "image", ids[index])) if resize else shape
-        for folder, array in arrays.items():
-            path = _path(root, folder, ids[index])
-            pixels = read_picture(path, _PIXELS[folder], shape if resize else None, original)
-            array[index] = _stored(path, folder, pixels, classes).reshape(*shape, -1)
-
-    in_threads(work, range(len(ids)))
-    return {folder: torch.from_numpy(array).movedim(-1, 1).contiguous() for folder, array in arrays.items()}
+def read_classes(path: Path, image: Path, *, shape: tuple[int, int], resize: bool, classes: int) -> NDArray[Any]:
+    """Class ids, ``[H, W]`` uint8, checked."""
+    pixels = _pixels(path, image, "bytes", shape, resize)
+    check_ids(path, pixels, classes)
+    return pixels
 
 
-def _stored(path: Path, folder: str, pixels: NDArray[Any], classes: int) -> NDArray[Any]:
-    """Pixels in the type of their column, label ids checked."""
-    if folder == "normal":
-        # Flipping the highest bit of a byte takes 128 from it and makes it signed.
-        return numpy.where(pixels.any(axis=-1, keepdims=True), pixels ^ 128, 0).view(numpy.int8)
-    if folder == "label":
-        wrong = pixels[(pixels >= classes) & (pixels != 255)]
-        if wrong.size:
-            raise DataError(f"{path}: class id {wrong[0]}; there are {classes} classes, and 255 is unlabelled")
-    return pixels.view(numpy.int16) if folder == "depth" else pixels
+def read_depth(path: Path, image: Path, *, shape: tuple[int, int], resize: bool) -> NDArray[Any]:
+    """Millimetres, ``[H, W]``, the bits of unsigned numbers."""
+    return _pixels(path, image, "words", shape, resize).view(numpy.int16)
 
 
-def _column(name: str, found: dict[str, Tensor]) -> Column:
-    match name:
-        case "depth":
-            return Column(found["depth"][:, 0], "depth")
-        case "normals":
-            return Column(found["normal"], "normals")
-        case _:
-            return Column(found["label"][:, 0], "classes")
+def read_normals(path: Path, image: Path, *, shape: tuple[int, int], resize: bool) -> NDArray[Any]:
+    """Vectors, ``[3, H, W]`` int8, of length 124 or so."""
+    pixels = _pixels(path, image, "vectors", shape, resize)
+    # Flipping the highest bit of a byte takes 128 from it and makes it signed.
+    signed = numpy.where(pixels.any(axis=-1, keepdims=True), pixels ^ 128, 0).view(numpy.int8)
+    return signed.transpose(2, 0, 1)
+
+
+def _pixels(path: Path, image: Path, kind: str, shape: tuple[int, int], resize: bool) -> NDArray[Any]:
+    original = picture_size(image) if resize else shape
+    return read_picture(path, kind, shape if resize else None, original)

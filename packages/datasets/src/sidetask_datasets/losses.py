@@ -12,12 +12,12 @@ from torch.nn import functional
 
 
 def labelled(target: Tensor) -> Tensor:
-    """Which class or edge labels count: those that are not negative."""
+    """Which class or binary labels count: those that are not negative."""
     return target >= 0
 
 
 def positive(target: Tensor) -> Tensor:
-    """Which depths count: those above 0."""
+    """Which depths and disparities count: those above 0."""
     return target > 0
 
 
@@ -78,9 +78,18 @@ def over_patches(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def absolute(prediction: Tensor, target: Tensor) -> Tensor:
-    """L1, in the target's unit: depth ``[N, 1, H, W]`` in metres."""
+    """L1, in the target's unit: depth ``[N, 1, H, W]`` in metres, disparity in pixels."""
     _same_shape(prediction, target)
     return (prediction.float() - target).abs()
+
+
+def squared(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared difference, element by element."""
+    _same_shape(prediction, target)
+    return (prediction.float() - target).square()
+
+
+REGRESSION = {"l1": absolute, "mse": squared}
 
 
 def direction(prediction: Tensor, eps: float = 1e-6) -> Tensor:
@@ -126,6 +135,29 @@ def balanced_edges(prediction: Tensor, target: Tensor, positive_weight: float = 
     _same_shape(prediction, target)
     truth = (target > 0).float()
     weight = truth * (2.0 * positive_weight - 1.0) + (1.0 - positive_weight)
+    return weight * functional.binary_cross_entropy_with_logits(prediction.float(), truth, reduction="none")
+
+
+def balanced_saliency(prediction: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy ``[N, 1, H, W]`` in which the two sides of an image weigh alike.
+
+    A salient pixel weighs the share of the image's labelled pixels that are not salient, another one the share of those
+    that are (the PASCAL-Context protocol, there with shares over a batch; those of the image itself do not depend on
+    what else is in the batch).
+
+    Args:
+        prediction: logits.
+        target: 1 salient, 0 not, negative unlabelled.
+
+    >>> loss = balanced_saliency(torch.zeros(1, 1, 1, 4), torch.tensor([[[[1, 0, 0, 0]]]]))
+    >>> (loss / loss.sum()).tolist()
+    [[[[0.5, 0.1666666716337204, 0.1666666716337204, 0.1666666716337204]]]]
+    """
+    _same_shape(prediction, target)
+    truth = (target > 0).float()
+    known = (target >= 0).float().sum(dim=(1, 2, 3), keepdim=True)
+    share = truth.sum(dim=(1, 2, 3), keepdim=True) / known.clamp(min=1.0)
+    weight = truth * (1.0 - share) + (1.0 - truth) * share
     return weight * functional.binary_cross_entropy_with_logits(prediction.float(), truth, reduction="none")
 
 

@@ -1,7 +1,8 @@
 """Metrics over a whole dataset: sums in double precision, so that nothing depends on batch size or order.
 
-Only what torchmetrics does not have; `accuracy` is its own. Each takes predictions as heads give them and targets as
-batches have them, ignores what is unlabelled and adds up over processes. Where nothing was labelled, ours are NaN.
+Only what torchmetrics does not have; `accuracy` and `f1` are its own. Each takes predictions as heads give them and
+targets as batches have them, ignores what is unlabelled and adds up over processes. Where nothing was labelled, ours
+are NaN.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from sidetask_datasets.columns import lengths
 from sidetask_datasets.losses import distributed, over_patches
@@ -22,6 +23,11 @@ _NAN = float("nan")
 def accuracy(classes: int) -> MulticlassAccuracy:
     """Share of labelled pixels or samples whose class has the highest logit; in [0, 1], higher is better."""
     return MulticlassAccuracy(classes, average="micro", ignore_index=-1, validate_args=False)
+
+
+def f1(classes: int) -> MulticlassF1Score:
+    """F-measure of each class against the rest, averaged over the classes seen; in [0, 1], higher is better."""
+    return MulticlassF1Score(classes, average="macro", ignore_index=-1, validate_args=False)
 
 
 class MeanIoU(Metric):
@@ -123,15 +129,30 @@ class AbsoluteError(Metric):
         return self.total / self.count
 
 
+class SquaredError(AbsoluteError):
+    """Mean squared error over all elements; lower is better. In double precision.
+
+    >>> metric = SquaredError()
+    >>> metric.update(torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.5]))
+    >>> metric.compute()
+    tensor(0.6250, dtype=torch.float64)
+    """
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add values of one shape."""
+        self.total += (prediction.double() - target.double()).square().sum()
+        self.count += target.numel()
+
+
 DepthKind = Literal["absolute", "relative", "rmse"]
 
 
 class DepthError(Metric):
-    """Error of depth, pooled over all labelled pixels; lower is better.
+    """Error of depth or disparity, pooled over all labelled pixels; lower is better.
 
     Args:
-        kind: "absolute", mean of abs(p − t) in metres; "relative", mean of abs(p − t) / t; "rmse", root of the mean
-            square in metres.
+        kind: "absolute", mean of abs(p − t) in the unit of the labels; "relative", mean of abs(p − t) / t; "rmse",
+            root of the mean square.
 
     Raises:
         ValueError: for another kind.
@@ -157,7 +178,7 @@ class DepthError(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Add depths of one shape, in metres; a target of 0 is unlabelled."""
+        """Add depths or disparities of one shape; a target of 0 is unlabelled."""
         truth = target.double()
         error = (prediction.double() - truth).abs()
         if self.kind == "relative":
@@ -313,3 +334,49 @@ class EdgeF(Metric):
         hit = self.positives.flip(0).cumsum(0).double()
         false = self.negatives.flip(0).cumsum(0).double()
         return (2 * hit / (hit + false + self.positives.sum())).amax()
+
+
+class BestIoU(Metric):
+    """Intersection over union of salient pixels, averaged over images, at the threshold that is best for all of them.
+
+    Thresholds are the multiples of 0.01 between 0 and 1 on the sigmoid of the logits. An image without a labelled pixel
+    is left out, one where nothing is salient and nothing is found counts 1. In [0, 1], higher is better.
+
+    >>> metric = BestIoU()
+    >>> metric.update(torch.tensor([[[[3.0, 1.0, -1.0, -3.0]]]]), torch.tensor([[[[1, 1, 0, 1]]]]))
+    >>> metric.compute()
+    tensor(0.7500, dtype=torch.float64)
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    steps = 100
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(self.steps, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add logits and truth ``[N, 1, H, W]``: 1 salient, 0 not, −1 unlabelled."""
+        bins = (prediction.double().sigmoid() * self.steps).long().clamp(max=self.steps - 1)
+        images = torch.arange(len(target), device=target.device).view(-1, 1, 1, 1) * (self.steps + 1)
+        found = []
+        for truth in (1, 0):
+            places = images + torch.where(target == truth, bins, self.steps)
+            counts = torch.bincount(places.flatten(), minlength=len(target) * (self.steps + 1))
+            # reached[k] counts pixels whose score reaches k / steps: everything in the bins from k on.
+            found.append(counts.view(-1, self.steps + 1)[:, :-1].flip(1).cumsum(1).flip(1).double())
+        hit, false = found
+        either = hit[:, :1] + false
+        share = torch.where(either > 0, hit / either.clamp(min=1.0), 1.0)
+        known = (target >= 0).flatten(1).any(dim=1)
+        self.total += torch.where(known[:, None], share, 0.0).sum(dim=0)
+        self.count += known.sum()
+
+    def compute(self) -> Tensor:
+        """The mean at the best threshold."""
+        return (self.total / self.count).amax()

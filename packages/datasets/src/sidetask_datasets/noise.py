@@ -7,7 +7,7 @@ does not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -46,6 +46,8 @@ def with_noise(dataset: Dataset, seed: int = 0) -> Dataset:
     check_seed(seed)
     if not dataset.dense:
         raise ValueError(f"dataset {dataset.name!r} labels whole images; noise is for datasets that label pixels")
+    if any(task.input is not None for task in dataset.tasks):
+        raise ValueError(f"dataset {dataset.name!r} has an input for every task; noise is for one that all tasks share")
     if NAME in (task.name for task in dataset.tasks):
         raise ValueError(f"dataset {dataset.name!r} has a task {NAME!r} already")
 
@@ -83,9 +85,18 @@ class NoisySplit(Split):
         """Where batches appear."""
         return self.split.device
 
-    def to(self, device: torch.device | str) -> NoisySplit:
-        """The same samples and the same noise on `device`."""
-        return NoisySplit(self.split.to(device), self.key)
+    @property
+    def nbytes(self) -> int:
+        """Those of the split, for noise is made as it is needed."""
+        return self.split.nbytes
+
+    def to(self, device: torch.device | str, memory: int | None = None) -> NoisySplit:
+        """The same samples and the same noise on `device`, see `Split.to`."""
+        return NoisySplit(self.split.to(device, memory), self.key)
+
+    def order(self, *, seed: int, epoch: int, shuffle: bool) -> Tensor:
+        """That of the split."""
+        return self.split.order(seed=seed, epoch=epoch, shuffle=shuffle)
 
     def identify(self, ids: Tensor, epoch: int) -> Tensor:
         """What tells the samples of the split apart."""
@@ -101,7 +112,16 @@ class NoisySplit(Split):
 
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
         """The samples `ids` of the split, with noise of their inputs' size."""
-        batch = self.split.make(ids, seed=seed, epoch=epoch, augment=augment)
+        return self._with_noise(self.split.make(ids, seed=seed, epoch=epoch, augment=augment), ids, epoch)
+
+    def deal(self, shares: Iterable[Tensor], *, seed: int, epoch: int, augment: bool) -> Iterator[Batch]:
+        """The batches that the split deals, with noise."""
+        given = list(shares)
+        batches = self.split.deal(given, seed=seed, epoch=epoch, augment=augment)
+        for ids, batch in zip(given, batches, strict=True):
+            yield self._with_noise(batch, ids, epoch)
+
+    def _with_noise(self, batch: Batch, ids: Tensor, epoch: int) -> Batch:
         height, width = batch.inputs.shape[-2:]
-        noise = draws.uniform(self.key, self.identify(ids, epoch), height * width)
+        noise = draws.uniform(self.key, self.identify(ids.to(self.device), epoch), height * width)
         return replace(batch, targets={**batch.targets, NAME: noise.view(-1, 1, height, width)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from sidetask_core import Batch
@@ -13,6 +13,8 @@ from torch import Tensor
 from sidetask_datasets import draws
 from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.columns import Column
+
+_AT_ONCE = 2**18  # values of the inputs
 
 
 class Split(ABC):
@@ -32,13 +34,24 @@ class Split(ABC):
     def device(self) -> torch.device:
         """Where batches appear."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes at rest on the split's device; 0 where samples are made or fetched as they are needed."""
+        return 0
+
     @abstractmethod
-    def to(self, device: torch.device | str) -> Split:
-        """The same samples on `device`."""
+    def to(self, device: torch.device | str, memory: int | None = None) -> Split:
+        """The same samples on `device`; streamed there batch by batch if they take more than `memory` bytes."""
 
     @abstractmethod
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
-        """The samples `ids` (``[n]`` int64 on the split's device), augmented for this seed and epoch if asked."""
+        """The samples `ids`, rows of `order`, augmented for this seed and epoch if asked."""
+
+    def order(self, *, seed: int, epoch: int, shuffle: bool) -> Tensor:
+        """What `make` is given for each place of an epoch, in order: the ids ``[len(self)]`` int64 on the device."""
+        if shuffle:
+            return draws.permutation(draws.key(seed, "order", epoch), len(self), self.device)
+        return torch.arange(len(self), device=self.device)
 
     def with_targets(self, targets: Mapping[str, Column]) -> Split:
         """The same samples with further targets, which are augmented with them.
@@ -72,7 +85,8 @@ class Split(ABC):
         outside = ids[(ids < -len(self)) | (ids >= len(self))]
         if outside.numel():
             raise IndexError(f"sample {int(outside[0])} is out of range for a split of {len(self)} samples")
-        return self.make((ids % max(len(self), 1)).to(self.device), seed=0, epoch=0, augment=False)
+        order = self.order(seed=0, epoch=0, shuffle=False)
+        return self.make(order[(ids % max(len(self), 1)).to(order.device)], seed=0, epoch=0, augment=False)
 
     def count(self, batch_size: int, *, drop_last: bool = True) -> int:
         """Number of batches in an epoch.
@@ -129,17 +143,20 @@ class Split(ABC):
         if not 0 <= start <= number:
             raise ValueError(f"start is between 0 and the epoch's {number} batches, found {start}")
 
-        def deal() -> Iterator[Batch]:
-            order = torch.arange(len(self), device=self.device)
-            if shuffle:
-                order = draws.permutation(draws.key(seed, "order", epoch), len(self), self.device)
+        def shares() -> Iterator[Tensor]:
+            order = self.order(seed=seed, epoch=epoch, shuffle=shuffle)
             for index in range(start, number):
                 ids = order[index * batch_size : (index + 1) * batch_size]
                 share = ids[len(ids) * rank // world : len(ids) * (rank + 1) // world]
                 if len(share):
-                    yield self.make(share, seed=seed, epoch=epoch, augment=augment)
+                    yield share
 
-        return deal()
+        return self.deal(shares(), seed=seed, epoch=epoch, augment=augment)
+
+    def deal(self, shares: Iterable[Tensor], *, seed: int, epoch: int, augment: bool) -> Iterator[Batch]:
+        """What `make` makes of one share of ids after the other."""
+        for ids in shares:
+            yield self.make(ids, seed=seed, epoch=epoch, augment=augment)
 
 
 class ResidentSplit(Split):
@@ -186,8 +203,16 @@ class ResidentSplit(Split):
         """Bytes at rest of all samples together."""
         return self.inputs.nbytes + sum(column.nbytes for column in self.targets.values())
 
-    def to(self, device: torch.device | str) -> ResidentSplit:
-        """The same samples on `device`."""
+    def to(self, device: torch.device | str, memory: int | None = None) -> Split:
+        """The same samples on `device`, see `Split.to`."""
+        if memory is not None and self.nbytes > memory:
+            from sidetask_datasets.streamed import StreamedSplit  # here, because it imports this module
+
+            return StreamedSplit(self.resident("cpu"), device)
+        return self.resident(device)
+
+    def resident(self, device: torch.device | str) -> ResidentSplit:
+        """The same samples on `device`, whatever they take."""
         targets = {name: column.to(device) for name, column in self.targets.items()}
         return ResidentSplit(self.inputs.to(device), targets, self.augmentation)
 
@@ -201,10 +226,43 @@ class ResidentSplit(Split):
 
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
         """The samples `ids`, read and augmented on the device."""
-        inputs = self.inputs.read(ids)
-        targets = {name: column.read(ids) for name, column in self.targets.items()}
-        if augment and self.augmentation is not None:
-            kinds = {name: column.kind for name, column in self.targets.items()}
-            numbers = draws.uniform(draws.key(seed, "augment", epoch), ids, self.augmentation.draws)
-            inputs, targets = self.augmentation(inputs, targets, kinds, numbers)
-        return Batch(inputs, targets)
+        inputs, targets = self.gather(ids)
+        return self.finish(inputs, targets, ids, seed=seed, epoch=epoch, augment=augment)
+
+    def gather(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Inputs and targets of the samples `ids` as they are stored."""
+        targets = {name: column.data.index_select(0, ids) for name, column in self.targets.items()}
+        return self.inputs.data.index_select(0, ids), targets
+
+    def finish(
+        self, inputs: Tensor, targets: dict[str, Tensor], ids: Tensor, *, seed: int, epoch: int, augment: bool
+    ) -> Batch:
+        """The batch of what `gather` gave for `ids`, on any device that all of it is on."""
+        at_once = len(ids)
+        if ids.device.type == "cpu":
+            # So that what is done to an image finds it in the processor's cache.
+            at_once = max(1, _AT_ONCE // max(1, inputs[0].numel()))
+        if at_once >= len(ids):
+            return self._finished(inputs, targets, ids, seed=seed, epoch=epoch, augment=augment)
+        whole: dict[str, Tensor] = {}
+        for start in range(0, len(ids), at_once):
+            rows = slice(start, start + at_once)
+            some = {name: target[rows] for name, target in targets.items()}
+            part = self._finished(inputs[rows], some, ids[rows], seed=seed, epoch=epoch, augment=augment)
+            for name, value in {"": part.inputs, **part.targets}.items():
+                if start == 0:
+                    whole[name] = value.new_empty(len(ids), *value.shape[1:])
+                whole[name][rows] = value
+        return Batch(whole.pop(""), whole)
+
+    def _finished(
+        self, inputs: Tensor, targets: dict[str, Tensor], ids: Tensor, *, seed: int, epoch: int, augment: bool
+    ) -> Batch:
+        columns = self.targets
+        if not augment or self.augmentation is None:
+            expanded = {name: columns[name].expand(rows) for name, rows in targets.items()}
+            return Batch(self.inputs.expand(inputs), expanded)
+        numbers = draws.uniform(draws.key(seed, "augment", epoch), ids, self.augmentation.draws)
+        motion = self.augmentation.motion(numbers, (inputs.shape[-2], inputs.shape[-1]))
+        moved = {name: motion.target(columns[name], rows) for name, rows in targets.items()}
+        return Batch(self.inputs.expand(motion.image(inputs)), moved)

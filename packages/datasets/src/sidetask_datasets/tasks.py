@@ -19,18 +19,27 @@ def segmentation(name: str, classes: int, primary: bool = True) -> Task:
 
 
 def classification(name: str, classes: int, primary: bool = True) -> Task:
-    """A class per image: cross-entropy; accuracy in [0, 1]."""
+    """A class per image: cross-entropy; accuracy and F1 in [0, 1]."""
     return Task(
         name,
         loss=losses.cross_entropy,
         valid=losses.labelled,
-        metrics={"accuracy": metrics.accuracy(classes)},
+        metrics={"accuracy": metrics.accuracy(classes), "F1": metrics.f1(classes)},
         primary=primary,
     )
 
 
 def depth(name: str = "depth", primary: bool = True) -> Task:
     """Depth in metres: L1; mean absolute error, relative error and root mean square error."""
+    return _distance(name, primary)
+
+
+def disparity(name: str = "disparity", primary: bool = True) -> Task:
+    """Disparity in pixels, or inverse depth: loss and metrics as for depth."""
+    return _distance(name, primary)
+
+
+def _distance(name: str, primary: bool) -> Task:
     return Task(
         name,
         loss=losses.absolute,
@@ -83,6 +92,38 @@ def edges(name: str = "edges", primary: bool = True) -> Task:
     )
 
 
+def saliency(name: str = "saliency", primary: bool = True) -> Task:
+    """Salient or not, per pixel: balanced binary cross-entropy; intersection over union at the best threshold."""
+    return Task(
+        name,
+        loss=losses.balanced_saliency,
+        valid=losses.labelled,
+        metrics={"IoU": metrics.BestIoU()},
+        primary=primary,
+    )
+
+
+def regression(name: str, primary: bool = True, loss: str = "l1") -> Task:
+    """Numbers of an image, such as an action: mean absolute and mean squared error.
+
+    Args:
+        name: of the task.
+        primary: whether it is wanted for itself.
+        loss: "l1" or "mse".
+
+    Raises:
+        ValueError: for another loss.
+    """
+    if loss not in losses.REGRESSION:
+        raise ValueError(f"unknown loss of numbers {loss!r}; there are: {', '.join(losses.REGRESSION)}")
+    return Task(
+        name,
+        loss=losses.REGRESSION[loss],
+        metrics={"absolute": metrics.AbsoluteError(), "squared": metrics.SquaredError()},
+        primary=primary,
+    )
+
+
 def distribution(name: str, primary: bool = False) -> Task:
     """A distribution over classes for every image or patch: cross-entropy with it; agreement of the likeliest class."""
     return Task(
@@ -100,7 +141,9 @@ def noise(name: str = "noise") -> Task:
 
 
 def dense(name: str, classes: int, primary: bool = True, normals_loss: str = "cosine") -> Task:
-    """The task that a dense dataset has under this name: "depth", "normals", "edges"; any other is a segmentation.
+    """The task that a dense dataset has under this name.
+
+    "depth", "disparity", "normals", "edges" and "saliency" are what they say; any other is a segmentation.
 
     Args:
         name: of the task.
@@ -111,9 +154,13 @@ def dense(name: str, classes: int, primary: bool = True, normals_loss: str = "co
     match name:
         case "depth":
             return depth(name, primary)
+        case "disparity":
+            return disparity(name, primary)
         case "normals":
             return normals(name, primary, normals_loss)
         case "edges":
             return edges(name, primary)
+        case "saliency":
+            return saliency(name, primary)
         case _:
             return segmentation(name, classes, primary)

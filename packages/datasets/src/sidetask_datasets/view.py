@@ -14,7 +14,7 @@ from torch import Tensor
 
 Colour = tuple[int, int, int]
 Pixels = NDArray[numpy.uint8]
-ViewKind = Literal["image", "classes", "scalar", "normals", "edges", "label", "distribution"]
+ViewKind = Literal["image", "classes", "scalar", "normals", "binary", "label", "distribution", "vector"]
 
 UNLABELLED: Colour = (0, 0, 0)
 # Dark violet to light yellow, of evenly rising lightness: near is bright.
@@ -32,20 +32,22 @@ class View:
     classes  ``[H, W]`` integer, −1 unlabelled     ``[C, H, W]`` logits         each class in its colour
     scalar   ``[1, H, W]``, 0 unlabelled           ``[1, H, W]``                bright is low, dark is high
     normals  ``[3, H, W]``, 0 unlabelled           ``[3, H, W]`` any length     red right, green up, blue near
-    edges    ``[1, H, W]`` integer, −1 unlabelled  ``[1, H, W]`` logits         white is an edge
+    binary   ``[1, H, W]`` integer, −1 unlabelled  ``[1, H, W]`` logits         white is what is sought
     label    0-dim integer                         ``[C]`` logits               the class's name
+    vector   ``[K]``                               the same                     a bar each, up above 0, down below
     ======== ===================================== ============================ ============================
 
     A ``distribution`` ``[K]`` or ``[K, h, w]``, 0 unlabelled, and its prediction, logits ``[K]`` or ``[K, H, W]``, are
     drawn as the likeliest class, each in its colour. Integer tensors are read as labels, floating ones as predictions.
+    Of an image with more than three channels the first three are drawn.
 
     Args:
         kind: a row of the table.
         classes: names, in order of their ids.
         colours: one per class; chosen by `palette` if empty.
-        limits: values drawn as the two ends of the ramp (scalar), in the target's unit.
+        limits: values drawn as the two ends of the ramp (scalar) or of the bars (vector), in the target's unit.
         mean, std: undo standardisation (image), one number per channel; 0 and 1 if empty.
-        size: height and width of the picture of a label, in pixels.
+        size: height and width of the picture of a label or vector, in pixels.
 
     Raises:
         ValueError: for an unknown kind, or as many colours as there are not classes.
@@ -78,7 +80,7 @@ class View:
             ValueError: if the tensor has not the dimensions that the kind has in the table.
         """
         sample = sample.detach().cpu()
-        allowed = {"label": (0, 1), "classes": (2, 3), "distribution": (1, 3)}.get(self.kind, (3,))
+        allowed = {"label": (0, 1), "vector": (1,), "classes": (2, 3), "distribution": (1, 3)}.get(self.kind, (3,))
         if sample.ndim not in allowed:
             wanted = " or ".join(str(n) for n in allowed)
             raise ValueError(f"a view of {self.kind} draws {wanted} dimensions, found {list(sample.shape)}")
@@ -95,20 +97,24 @@ class View:
                 length = vectors.norm(dim=0)
                 facing = torch.stack([vectors[0], -vectors[1], -vectors[2]]) / length.clamp(min=1e-12)
                 return _bytes(((127.5 + 127.5 * facing) * (length > 0)).movedim(0, -1))
-            case "edges":
+            case "binary":
                 shown = sample[0].float().sigmoid() if sample.is_floating_point() else sample[0].clamp(min=0).float()
                 return _bytes((255.0 * shown)[..., None].expand(-1, -1, 3))
             case "distribution":
                 maps = sample.float() if sample.ndim == 3 else sample.float().view(-1, 1, 1).expand(-1, *self.size)
                 ids = torch.where((maps != 0).any(dim=0), maps.argmax(dim=0), -1)
                 return _bytes(torch.tensor([*self.colours, UNLABELLED])[ids])
+            case "vector":
+                return self._bars(sample.float())
             case "label":
                 index = int(sample.float().argmax()) if sample.ndim else int(sample)
                 return self._tile("?" if index < 0 else self.classes[index])
 
     def _photograph(self, sample: Tensor) -> Pixels:
-        std = torch.tensor(self.std or (1.0,)).view(-1, 1, 1)
-        mean = torch.tensor(self.mean or (0.0,)).view(-1, 1, 1)
+        channels = 3 if len(sample) > 3 else len(sample)
+        sample = sample[:channels]
+        std = torch.tensor(self.std[:channels] or (1.0,)).view(-1, 1, 1)
+        mean = torch.tensor(self.mean[:channels] or (0.0,)).view(-1, 1, 1)
         return _bytes((255.0 * (sample * std + mean)).movedim(0, -1).expand(-1, -1, 3))
 
     def _ramp(self, values: Tensor) -> Pixels:
@@ -119,6 +125,19 @@ class View:
         part = (place - below)[..., None]
         colours = ramp[below] * (1 - part) + ramp[below + 1] * part
         return _bytes(torch.where((values == 0)[..., None], torch.zeros(3), colours))
+
+    def _bars(self, values: Tensor) -> Pixels:
+        height, width = self.size
+        low, high = self.limits
+        # Places between the rows, 0 the upper edge: of each value and of zero.
+        ends = torch.cat([values.nan_to_num(0.0), values.new_zeros(1)]).clamp(low, high)
+        ends = ((high - ends) / (high - low) * height).round()
+        column = torch.arange(width) * len(values) // width
+        row = torch.arange(height)[:, None] + 0.5
+        tops, zero = ends[:-1][column], ends[-1]
+        inside = (row > torch.minimum(tops, zero)) & (row < torch.maximum(tops, zero))
+        colours = torch.tensor(palette(len(values)))[column].expand(height, -1, -1)
+        return _bytes(torch.where(inside[..., None], colours, 255))
 
     def _tile(self, text: str) -> Pixels:
         height, width = self.size

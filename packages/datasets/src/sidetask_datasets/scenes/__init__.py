@@ -131,5 +131,5 @@ VIEWS = {
     "parts": View("classes", classes=PARTS, colours=PART_COLOURS),
     "depth": View("scalar", limits=(0.8, 6.5)),
     "normals": View("normals"),
-    "edges": View("edges"),
+    "edges": View("binary"),
 }

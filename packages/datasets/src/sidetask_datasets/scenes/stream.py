@@ -47,7 +47,7 @@ class Recipe:
             "parts": "classes",
             "depth": "depth",
             "normals": "normals",
-            "edges": "edges",
+            "edges": "binary",
         }
         image = Column(joined.pop("image"), "image", MEAN, STD)
         targets = {name: Column(data, kinds[name]) for name, data in joined.items()}  # type: ignore[arg-type]
@@ -164,8 +164,8 @@ class SceneStream(Split):
         """Where scenes are rendered."""
         return self.place
 
-    def to(self, device: torch.device | str) -> SceneStream:
-        """The same stream, rendered on `device`."""
+    def to(self, device: torch.device | str, memory: int | None = None) -> SceneStream:
+        """The same stream, rendered on `device`, where it keeps nothing."""
         return SceneStream(self.recipe, self.number, self.augmentation, device)
 
     def identify(self, ids: Tensor, epoch: int) -> Tensor:

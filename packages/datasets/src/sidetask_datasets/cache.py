@@ -1,0 +1,292 @@
+"""Datasets decoded once: compact arrays on the disk that later runs map into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from sidetask_datasets.files import DataError, DataErrors
+from sidetask_datasets.source import Field, Source
+
+_FORMAT = 1
+_CHUNK = 32  # samples that one process decodes before it reports; what a kill may lose
+_INDEX, _DONE = "index.json", "done.json"
+_ROOM = "SIDETASK_CACHE"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Arrays of all splits, mapped into memory: nothing is read before it is used.
+
+    Args:
+        folder: that holds them.
+        arrays: for each split and field all samples, ``[N, *shape]``. Writing to them changes no file.
+    """
+
+    folder: Path
+    arrays: Mapping[str, Mapping[str, Tensor]]
+
+
+def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
+    """Where caches are kept: `folder`, or what the variable SIDETASK_CACHE says, or ``~/.cache/sidetask``."""
+    return Path(folder or os.environ.get(_ROOM) or Path.home() / ".cache" / "sidetask").expanduser()
+
+
+def prepare(
+    source: Source,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    jobs: int | None = None,
+    progress: bool = True,
+) -> Cache:
+    """Decode a dataset into a cache, or find the one that is there.
+
+    Every field has a folder of its own, so that asking for other fields later decodes these alone. It is found by what
+    decides its content: the dataset's reading rules and options, and the names, sizes and times of change of its files.
+    It is used only if its arrays have the checksums they were written with, else it is made anew. Several processes may
+    ask at once: one works, the others wait.
+
+    Args:
+        source: the files.
+        folder: where caches are kept, see `cache_folder`.
+        jobs: processes that decode. They import the main module, which has to be one that does nothing when it is
+            imported; so the default, None, is threads in this process, which share most of the work: decoders leave
+            Python's lock.
+        progress: show a bar while decoding, if standard error is a terminal.
+
+    Raises:
+        DataErrors: naming every file that something is wrong with. What could be decoded is kept aside, so that the
+            same call, after these files are mended, decodes only what is missing, as it does after a kill.
+        OSError: if the cache cannot be written.
+    """
+    if source.problems:
+        raise DataErrors(source.problems)
+    place = cache_folder(folder) / source.name
+    place.mkdir(parents=True, exist_ok=True)
+    root = str(source.root.resolve())
+    with FileLock(place / f"{_digest(root)[:16]}.lock"):
+        units = {name: _unit(source.only(name), place, name, root) for name in source.fields}
+        found = {name: _opened(unit) for name, unit in units.items()}
+        missing = [units[name] for name, arrays in found.items() if arrays is None]
+        _build(source.name, missing, jobs, progress)
+        for unit in missing:
+            found[unit.name] = _opened(unit)
+            if found[unit.name] is None:
+                raise DataError(f"{unit.final}: was written and cannot be read back")
+    return Cache(
+        place, {split: {name: arrays[split] for name, arrays in found.items() if arrays} for split in source.splits}
+    )
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One field of all samples: what is cached, or missing, as a whole."""
+
+    name: str
+    source: Source  # with this field alone
+    chunks: Mapping[str, str]  # some samples after the other: what their files are
+    part: Path  # while it is decoded
+    final: Path
+
+    @property
+    def field(self) -> Field:
+        return self.source.fields[self.name]
+
+    def path(self, folder: Path, split: str) -> Path:
+        return folder / f"{split}.npy"
+
+
+def _unit(source: Source, place: Path, name: str, root: str) -> _Unit:
+    chunks = {}
+    for split, samples in source.splits.items():
+        for start in range(0, len(samples), _CHUNK):
+            stop = min(start + _CHUNK, len(samples))
+            chunks[f"{split} {start} {stop}"] = source.fingerprint(split, start, stop)
+    # Apart from the files' state, so that what an older state of them left can be found and taken away.
+    stem = f"{name}-{_digest(source.layout, root)[:16]}"
+    return _Unit(name, source, chunks, place / f"{stem}.part", place / f"{stem}-{_digest(chunks)[:16]}")
+
+
+def _opened(unit: _Unit) -> dict[str, Tensor] | None:
+    """The arrays of a field, None if they are not there, not whole, or not of these files."""
+    index = _read_json(unit.final / _INDEX)
+    right = {"format": _FORMAT, "layout": unit.source.layout, "chunks": dict(unit.chunks)}
+    sums = index.get("checksums")
+    if any(index.get(key) != value for key, value in right.items()) or not isinstance(sums, dict):
+        return None
+    arrays = {}
+    for split, samples in unit.source.splits.items():
+        path = unit.path(unit.final, split)
+        array = _mapped(path, unit.field, len(samples))
+        if array is None or sums.get(split) != _checksum(path):
+            return None
+        arrays[split] = torch.from_numpy(array)
+    return arrays
+
+
+def _mapped(path: Path, field: Field, count: int) -> NDArray[Any] | None:
+    try:
+        # Copy on write: torch asks for memory that may be written to, and the file stays as it is.
+        array = numpy.load(path, mmap_mode="c" if count else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    right = array.shape == (count, *field.shape) and array.dtype == numpy.dtype(field.dtype)
+    return array if right else None
+
+
+def _build(title: str, units: Sequence[_Unit], jobs: int | None, progress: bool) -> None:
+    """Decode what is missing in each unit's folder `part`, which becomes `final` when it is whole."""
+    states = {unit.name: _started(unit) for unit in units}
+    missing = [
+        (unit, chunk)
+        for unit in units
+        for chunk, files in unit.chunks.items()
+        if states[unit.name]["chunks"].get(chunk) != files
+    ]
+    total = sum(_length(chunk) for unit in units for chunk in unit.chunks)
+    done = total - sum(_length(chunk) for _, chunk in missing)
+    problems: list[str] = []
+    off = None if progress and total else True  # None: where standard error is no terminal
+    with tqdm(total=total, initial=done, desc=title, unit="file", disable=off) as bar:
+        for unit, chunk, wrong in _decode_all(missing, jobs):
+            if wrong:
+                problems += wrong
+            else:
+                states[unit.name]["chunks"][chunk] = unit.chunks[chunk]
+                _write_json(unit.part / _DONE, states[unit.name])
+            bar.update(_length(chunk))
+    if problems:
+        raise DataErrors(sorted(set(problems)))
+    for unit in units:
+        sums = {split: _checksum(unit.path(unit.part, split)) for split in unit.source.splits}
+        index = {"format": _FORMAT, "layout": unit.source.layout, "chunks": dict(unit.chunks), "checksums": sums}
+        _write_json(unit.part / _INDEX, {**index, "root": str(unit.source.root.resolve())})
+        shutil.rmtree(unit.final, ignore_errors=True)
+        unit.part.rename(unit.final)
+        (unit.final / _DONE).unlink(missing_ok=True)
+        for old in unit.final.parent.glob(f"{unit.part.stem}-*"):
+            if old != unit.final:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _started(unit: _Unit) -> dict[str, Any]:
+    """What is done already of a unit; its folder is there, with an array for each split."""
+    state = _read_json(unit.part / _DONE)
+    if state.get("layout") != unit.source.layout or not isinstance(state.get("chunks"), dict):
+        shutil.rmtree(unit.part, ignore_errors=True)
+        unit.part.mkdir(parents=True)
+        state = {"layout": unit.source.layout, "chunks": {}}
+    for split, samples in unit.source.splits.items():
+        path = unit.path(unit.part, split)
+        if _mapped(path, unit.field, len(samples)) is None:
+            _create(path, unit.field, len(samples))
+            state["chunks"] = {key: value for key, value in state["chunks"].items() if key.split()[0] != split}
+    return state
+
+
+def _length(chunk: str) -> int:
+    _, start, stop = chunk.split()
+    return int(stop) - int(start)
+
+
+def _decode_all(missing: list[tuple[_Unit, str]], jobs: int | None) -> Iterator[tuple[_Unit, str, list[str]]]:
+    """Each chunk, when it is in its array, with what was wrong in it."""
+    if jobs == 1:
+        for unit, chunk in missing:
+            yield unit, chunk, _decode(_only(unit, chunk), chunk)
+        return
+    pool: Executor
+    if jobs is None:
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    else:
+        pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    with pool:
+        futures = {pool.submit(_decode, _only(unit, chunk), chunk): (unit, chunk) for unit, chunk in missing}
+        try:
+            for future in as_completed(futures):
+                yield *futures[future], future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _only(unit: _Unit, chunk: str) -> _Unit:
+    """The unit with the samples of one chunk, which is all that a process has to be sent."""
+    split, start, stop = chunk.split()
+    samples = {split: list(unit.source.splits[split][int(start) : int(stop)])}
+    return replace(unit, source=replace(unit.source, splits=samples, problems=()), chunks={})
+
+
+def _decode(unit: _Unit, chunk: str) -> list[str]:
+    """Read the samples of a chunk into their array; what is wrong with them."""
+    split, start, _ = chunk.split()
+    field, problems = unit.field, []
+    array = numpy.load(unit.path(unit.part, split), mmap_mode="r+", allow_pickle=False)
+    for index, sample in enumerate(unit.source.splits[split], start=int(start)):
+        path = sample[unit.name][0]
+        try:
+            value = field.read(*sample[unit.name])
+            if value.shape != field.shape:
+                raise DataError(f"{path}: expected shape {list(field.shape)}, found {list(value.shape)}")
+            if value.dtype != numpy.dtype(field.dtype):
+                raise TypeError(f"{path}: the reader of {unit.name!r} gave {value.dtype}, not {field.dtype}")
+            array[index] = value
+        except DataError as error:
+            problems.append(str(error))
+        except (OSError, ValueError, OverflowError, MemoryError, EOFError, SyntaxError) as error:
+            problems.append(f"{path}: cannot be read: {type(error).__name__}: {error}")
+    if isinstance(array, numpy.memmap):
+        array.flush()
+    return problems
+
+
+def _create(path: Path, field: Field, count: int) -> None:
+    array = numpy.lib.format.open_memmap(path, "w+", numpy.dtype(field.dtype), (count, *field.shape))
+    array.flush()
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a file says, nothing if it says nothing that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(temporary).replace(path)

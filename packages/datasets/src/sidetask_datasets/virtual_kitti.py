@@ -1,0 +1,328 @@
+"""Virtual KITTI 1.3.1 and 2: rendered street scenes with classes and depth for every pixel.
+
+The trees, as their authors publish them. Version 1.3.1::
+
+    root/vkitti_1.3.1_rgb/WORLD/VARIATION/00000.png         8-bit RGB
+    root/vkitti_1.3.1_depthgt/WORLD/VARIATION/00000.png     16-bit centimetres, 65535 is the sky
+    root/vkitti_1.3.1_scenegt/WORLD/VARIATION/00000.png     8-bit RGB, a colour for each class or instance
+    root/vkitti_1.3.1_scenegt/WORLD_VARIATION_scenegt_rgb_encoding.txt
+                                                            a heading, then "Class[:instance] r g b" a line
+
+Version 2, unpacked into one folder, or its archives into a folder each (``vkitti_2*_rgb`` and so on)::
+
+    root/SCENE/VARIATION/frames/rgb/Camera_0/rgb_00000.jpg
+    root/SCENE/VARIATION/frames/depth/Camera_0/depth_00000.png
+    root/SCENE/VARIATION/frames/classSegmentation/Camera_0/classgt_00000.png
+    root/SCENE/VARIATION/colors.txt
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+
+from sidetask_datasets import draws
+from sidetask_datasets import tasks as task_kinds
+from sidetask_datasets.adapter import MEAN, STD, Folder, Target, dense_targets, read_dataset
+from sidetask_datasets.augment import Augmentation
+from sidetask_datasets.dataset import Dataset, check_seed, check_size, check_switches, choose, choose_primary
+from sidetask_datasets.files import DataError, missing, picture_size, read_picture
+from sidetask_datasets.frames import read_colour
+from sidetask_datasets.source import Field, Item, Source
+from sidetask_datasets.view import View
+
+TASKS = ("segmentation", "inverse_depth")
+CLASSES = (
+    "Building",
+    "Car",
+    "GuardRail",
+    "Misc",
+    "Pole",
+    "Road",
+    "Sky",
+    "Terrain",
+    "TrafficLight",
+    "TrafficSign",
+    "Tree",
+    "Truck",
+    "Van",
+    "Vegetation",
+)
+# As version 2 has them.
+COLOURS = (
+    (140, 140, 140),
+    (255, 127, 80),
+    (250, 100, 255),
+    (80, 80, 80),
+    (255, 130, 0),
+    (100, 60, 100),
+    (90, 200, 255),
+    (210, 0, 200),
+    (200, 200, 0),
+    (255, 255, 0),
+    (0, 199, 0),
+    (160, 60, 60),
+    (0, 139, 139),
+    (90, 240, 0),
+)
+WORLDS = ("0001", "0002", "0006", "0018", "0020")
+VARIATIONS = (
+    "15-deg-left",
+    "15-deg-right",
+    "30-deg-left",
+    "30-deg-right",
+    "clone",
+    "fog",
+    "morning",
+    "overcast",
+    "rain",
+    "sunset",
+)
+FAR = 65535  # how the sky's depth is written
+_UNLABELLED = 255
+_FIELDS = ("image", *TASKS)
+
+
+def virtual_kitti(
+    root: Folder,
+    tasks: Sequence[str] = TASKS,
+    *,
+    size: Sequence[int] | None = None,
+    worlds: Sequence[str] = WORLDS,
+    variations: Sequence[str] = VARIATIONS,
+    camera: int = 0,
+    primary: Iterable[str] | None = None,
+    seed: int = 0,
+    noise: bool = False,
+    cache: Folder | None = None,
+    device: torch.device | str = "cpu",
+) -> Dataset:
+    """Street scenes with 14 classes and inverse depth, in 1/m, 0 in the sky, which counts as unlabelled there.
+
+    A tenth of the frames, by a seeded shuffle, is the test split (9:1 in the literature), a tenth of the others is for
+    validation. Frames that follow each other are nearly alike and fall into different splits, so that figures say
+    little about streets never seen. Training frames are scaled, cropped and flipped.
+
+    Args:
+        root: the folder; which version it is, the tree says.
+        tasks: among "segmentation" and "inverse_depth".
+        size: height and width to bring frames to: images by averaging, labels by the nearest pixel; None: 375×1242.
+        worlds: among "0001", "0002", "0006", "0018", "0020", which version 2 calls Scene01, Scene02 and so on.
+        variations: of weather, light and direction.
+        camera: 0 or 1, of version 2, which has two; version 1.3.1 has camera 0.
+        primary: the tasks that count; None for all.
+        seed: of the shuffle, and of `noise`. Another seed is decoded anew.
+        noise: add an auxiliary task "noise", see `with_noise`.
+        cache: where decoded frames are kept, see `cache.cache_folder`.
+        device: where the frames live.
+
+    Raises:
+        DataError: beginning with the path of the file at fault: a picture or encoding that is missing, surplus or
+            damaged, a picture of another size, a colour that is no class's. All problems of the pictures come together.
+        ValueError: for an unknown task, world or variation, or a switch that is neither true nor false.
+    """
+    names = choose("task", tasks, TASKS)
+    wanted = choose_primary(primary, names)
+    check_switches(noise=noise)
+    source = virtual_kitti_source(
+        root, names, size=size, worlds=worlds, variations=variations, camera=camera, seed=seed
+    )
+    found = {
+        "segmentation": lambda: dense_targets(
+            ["segmentation"], wanted, classes={"segmentation": CLASSES}, colours={"segmentation": COLOURS}
+        )[0],
+        # Limits from near to far, so that near is bright.
+        "inverse_depth": lambda: Target(
+            task_kinds.disparity("inverse_depth", "inverse_depth" in wanted), 1, View("scalar", limits=(0.25, 0.0))
+        ),
+    }
+    return read_dataset(
+        source,
+        [found[name]() for name in names],
+        augmentation=Augmentation(),
+        noise=noise,
+        seed=seed,
+        cache=cache,
+        device=device,
+    )
+
+
+def virtual_kitti_source(
+    root: Folder,
+    tasks: Sequence[str] = TASKS,
+    *,
+    size: Sequence[int] | None = None,
+    worlds: Sequence[str] = WORLDS,
+    variations: Sequence[str] = VARIATIONS,
+    camera: int = 0,
+    seed: int = 0,
+) -> Source:
+    """The files of `virtual_kitti`, which says what the arguments are and what is raised."""
+    names = choose("task", tasks, TASKS)
+    worlds = choose("world", worlds, WORLDS)
+    variations = choose("variation", variations, VARIATIONS)
+    wanted = check_size(size)
+    check_seed(seed)
+    if camera not in (0, 1) or isinstance(camera, bool):
+        raise ValueError(f"camera is 0 or 1, found {camera!r}")
+    root = Path(root)
+    places = _first_version(root, worlds, variations) if camera == 0 else []
+    second = _second_version(root, worlds, variations, camera)
+    if places and second:
+        raise DataError(f"{root}: holds version 1.3.1 and version 2; name a folder that holds one")
+    samples: list[dict[str, Item]] = []
+    problems: list[str] = []
+    for folders, encoding in places or second:
+        palette = read_encoding(encoding) if "segmentation" in names else ()
+        frames = {name: _frames(folders[name]) for name in ("image", *names)}
+        for number, image in frames["image"].items():
+            paths = {name: frames[name].get(number) for name in names}
+            problems += [f"{folders[name]}: has no frame {number}" for name, path in paths.items() if path is None]
+            item: dict[str, Item] = {name: (path, image) for name, path in paths.items()}
+            if "segmentation" in item:
+                item["segmentation"] += (palette,)
+            samples.append({"image": (image, image), **item})
+        for name in names:
+            surplus = sorted(frames[name].keys() - frames["image"].keys())
+            problems += [f"{frames[name][number]}: there is no image of this frame" for number in surplus]
+    if not samples:
+        raise DataError(
+            f"{root}: holds neither vkitti_1.3.1_rgb/WORLD/VARIATION nor SCENE/VARIATION/frames/rgb/Camera_{camera} "
+            f"of any world ({', '.join(worlds)}) and variation ({', '.join(variations)})"
+        )
+    if not problems:
+        problems = missing(path for sample in samples for path, *_ in sample.values())
+    shape = (0, 0) if problems else wanted or picture_size(samples[0]["image"][0])
+    options: dict[str, Any] = {"shape": shape, "resize": wanted is not None}
+    fields = {
+        "image": Field("image", (3, *shape), "uint8", partial(read_colour, **options), MEAN, STD),
+        "segmentation": Field("classes", shape, "uint8", partial(read_palette, **options)),
+        "inverse_depth": Field("disparity", shape, "float32", partial(read_inverse_depth, **options)),
+    }
+    order = draws.permutation(draws.key(seed, "virtual_kitti"), len(samples)).tolist()
+    tenth = max(len(samples) // 10, 1)
+    rest = max((len(samples) - tenth) // 10, 1)
+    borders = {"test": order[:tenth], "validation": order[tenth : tenth + rest], "train": order[tenth + rest :]}
+    return Source(
+        name="virtual_kitti",
+        root=root,
+        fields={name: fields[name] for name in ("image", *names)},
+        splits={split: [samples[i] for i in sorted(borders[split])] for split in ("train", "validation", "test")},
+        settings={"size": wanted},
+        problems=problems,
+    )
+
+
+def read_encoding(path: Path) -> tuple[tuple[int, int], ...]:
+    """What colours mean: pairs of a colour, as red · 65536 + green · 256 + blue, and a class id, by colour.
+
+    Raises:
+        DataError: naming the line, for one that is not "Class r g b" or "Class:instance r g b", a class that Virtual
+            KITTI does not have, or a colour of two classes.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}") from error
+    palette: dict[int, int] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        words = line.split()
+        if not words:
+            continue
+        name = words[0].split(":")[0]
+        if len(words) != 4 or not all(re.fullmatch("[0-9]{1,3}", word) and int(word) < 256 for word in words[1:]):
+            raise DataError(f"{path}, line {number}: expected a class and three numbers from 0 to 255, found {line!r}")
+        if name not in CLASSES and name != "Undefined":
+            raise DataError(f"{path}, line {number}: unknown class {name!r}; there are: {', '.join(CLASSES)}")
+        red, green, blue = map(int, words[1:])
+        code, id_ = red << 16 | green << 8 | blue, _UNLABELLED if name == "Undefined" else CLASSES.index(name)
+        if palette.setdefault(code, id_) != id_:
+            raise DataError(f"{path}, line {number}: {words[0]} has the colour of another class")
+    if not palette:
+        raise DataError(f"{path}: names no class")
+    return tuple(sorted(palette.items()))
+
+
+def read_palette(
+    path: Path, image: Path, palette: tuple[tuple[int, int], ...], *, shape: tuple[int, int], resize: bool
+) -> NDArray[Any]:
+    """Class ids ``[H, W]`` uint8 of a picture in colours of the palette."""
+    original = picture_size(image) if resize else shape
+    pixels = read_picture(path, "vectors", shape if resize else None, original).astype(numpy.int64)
+    codes = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
+    known, ids = (numpy.array(column) for column in zip(*palette, strict=True))
+    places = numpy.searchsorted(known, codes).clip(max=len(known) - 1)
+    strange = codes[known[places] != codes]
+    if strange.size:
+        code = int(strange[0])
+        colour = code >> 16, code >> 8 & 255, code & 255
+        raise DataError(f"{path}: {strange.size} pixels of a colour that is no class's, such as {colour}")
+    return ids[places].astype(numpy.uint8)
+
+
+def read_inverse_depth(path: Path, image: Path, *, shape: tuple[int, int], resize: bool) -> NDArray[Any]:
+    """One by metres, ``[H, W]`` float32, from centimetres; 0 where these are 65535, or 0, which no camera sees."""
+    original = picture_size(image) if resize else shape
+    depth = read_picture(path, "words", shape if resize else None, original)
+    known = (depth > 0) & (depth < FAR)
+    return numpy.where(known, 100.0 / numpy.maximum(depth, 1), 0.0).astype(numpy.float32)
+
+
+# For each folder of frames: the folder of each field, and the file that says what colours mean.
+_Places = list[tuple[dict[str, Path], Path]]
+
+
+def _first_version(root: Path, worlds: Sequence[str], variations: Sequence[str]) -> _Places:
+    bases = {
+        name: root / f"vkitti_1.3.1_{part}" for name, part in zip(_FIELDS, ("rgb", "scenegt", "depthgt"), strict=True)
+    }
+    return [
+        (
+            {name: base / world / variation for name, base in bases.items()},
+            bases["segmentation"] / f"{world}_{variation}_scenegt_rgb_encoding.txt",
+        )
+        for world in worlds
+        for variation in variations
+        if (bases["image"] / world / variation).is_dir()
+    ]
+
+
+def _second_version(root: Path, worlds: Sequence[str], variations: Sequence[str], camera: int) -> _Places:
+    def base(part: str) -> Path:
+        """One archive's folder, or the folder of all."""
+        own = sorted(root.glob(f"vkitti_2*_{part}")) if root.is_dir() else []
+        return own[-1] if own else root
+
+    parts = dict(zip(_FIELDS, ("rgb", "classSegmentation", "depth"), strict=True))
+    found = []
+    for world in worlds:
+        for variation in variations:
+            scene = Path(f"Scene{world[2:]}") / variation
+            folders = {name: base(part) / scene / "frames" / part / f"Camera_{camera}" for name, part in parts.items()}
+            if folders["image"].is_dir():
+                found.append((folders, base("textgt") / scene / "colors.txt"))
+    return found
+
+
+def _frames(folder: Path) -> dict[str, Path]:
+    """Frame number to file; whatever has another name is left alone.
+
+    Raises:
+        DataError: if the folder cannot be read.
+    """
+    found = {}
+    try:
+        for path in folder.iterdir():
+            match = re.fullmatch(r"(?:(?:rgb|depth|classgt)_)?([0-9]{5})\.(?:png|jpg)", path.name)
+            if match:
+                found[match[1]] = path
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror or error}") from error
+    return dict(sorted(found.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from sidetask_core import Batch
@@ -226,8 +226,12 @@ class ResidentSplit(Split):
 
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
         """The samples `ids`, read and augmented on the device."""
-        inputs, targets = self.gather(ids)
-        return self.finish(inputs, targets, ids, seed=seed, epoch=epoch, augment=augment)
+
+        def part(rows: slice) -> Batch:
+            inputs, targets = self.gather(ids[rows])
+            return self._finished(inputs, targets, ids[rows], seed=seed, epoch=epoch, augment=augment)
+
+        return self._in_parts(len(ids), ids.device, part)
 
     def gather(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Inputs and targets of the samples `ids` as they are stored."""
@@ -238,20 +242,28 @@ class ResidentSplit(Split):
         self, inputs: Tensor, targets: dict[str, Tensor], ids: Tensor, *, seed: int, epoch: int, augment: bool
     ) -> Batch:
         """The batch of what `gather` gave for `ids`, on any device that all of it is on."""
-        at_once = len(ids)
-        if ids.device.type == "cpu":
-            # So that what is done to an image finds it in the processor's cache.
-            at_once = max(1, _AT_ONCE // max(1, inputs[0].numel()))
-        if at_once >= len(ids):
-            return self._finished(inputs, targets, ids, seed=seed, epoch=epoch, augment=augment)
-        whole: dict[str, Tensor] = {}
-        for start in range(0, len(ids), at_once):
-            rows = slice(start, start + at_once)
+
+        def part(rows: slice) -> Batch:
             some = {name: target[rows] for name, target in targets.items()}
-            part = self._finished(inputs[rows], some, ids[rows], seed=seed, epoch=epoch, augment=augment)
+            return self._finished(inputs[rows], some, ids[rows], seed=seed, epoch=epoch, augment=augment)
+
+        return self._in_parts(len(ids), ids.device, part)
+
+    def _in_parts(self, count: int, device: torch.device, make: Callable[[slice], Batch]) -> Batch:
+        """A batch put together from some of its rows after the other."""
+        at_once = count
+        if device.type == "cpu":
+            # So that what is done to an image finds it in the processor's cache.
+            at_once = max(1, _AT_ONCE // max(1, self.inputs.data[:1].numel()))
+        if at_once >= count:
+            return make(slice(0, count))
+        whole: dict[str, Tensor] = {}
+        for start in range(0, count, at_once):
+            rows = slice(start, start + at_once)
+            part = make(rows)
             for name, value in {"": part.inputs, **part.targets}.items():
                 if start == 0:
-                    whole[name] = value.new_empty(len(ids), *value.shape[1:])
+                    whole[name] = value.new_empty(count, *value.shape[1:])
                 whole[name][rows] = value
         return Batch(whole.pop(""), whole)
 

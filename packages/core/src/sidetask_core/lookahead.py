@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from sidetask_core import parallel
 from sidetask_core.aside import RandomState, aside, device_of
 from sidetask_core.combine import Weights, combine
-from sidetask_core.passes import Cut, Domain, Passes, losses_of
+from sidetask_core.passes import Cut, Passes, losses_of
 from sidetask_core.products import Product, Reused
 from sidetask_core.signals import ElementSlopes, Mode, Part
 from sidetask_core.split import SplitModel
@@ -127,6 +127,7 @@ class Place:
         cut: where the tensors that were cut are in the flattened output.
         tensors: these tensors.
         gradients: the tasks' gradients there, of this process ``[tasks, D]``.
+        products: those of the branch that were noted; without them all are computed once more.
     """
 
     branch: str | None
@@ -135,6 +136,7 @@ class Place:
     cut: list[int]
     tensors: list[Tensor]
     gradients: Tensor
+    products: list[Product] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,13 @@ class Encoded:
         input: what was encoded.
         random: the random state before.
         places: where their gradients are known, each task's at one of them.
+        products: those of the encoder that were noted; without them all are computed once more.
     """
 
     input: Any
     random: RandomState
     places: list[Place]
+    products: list[Product] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -185,9 +189,10 @@ class Trail:
                 places = [_place(None, domain.random, alone, domain.cut, found)] if alone else []
                 for branch in domain.branches:
                     found = passes.head_gradients(branch.cut, branch.riders)
-                    places.append(_place(branch.name, branch.random, branch.riders, branch.cut, found))
+                    place = _place(branch.name, branch.random, branch.riders, branch.cut, found)
+                    places.append(replace(place, products=branch.products))
                     above |= {names[id(p)]: p.detach() for p in branch.parameters}
-            encoded.append(Encoded(domain.input, domain.random, places))
+            encoded.append(Encoded(domain.input, domain.random, places, domain.products))
             for t in domain.tasks:
                 pairs = list(zip(passes.own[t], passes.head(t, keep=True)[0], strict=True))
                 branch_of = passes.branch_of[t]
@@ -221,21 +226,16 @@ class Trail:
         part: Part,
         mode: Mode,
         among: Collection[int],
-        passes: Passes | None = None,
     ) -> Tensor:
         """⟨direction, ∇L_t⟩ of the tasks `among`, zero for others ``[T]``, over all processes; no head is run again.
 
         Below a task's place they are dot products with its gradients. Above it, what is moved along the direction moves
-        the features there, and that meets the task's gradient. Of the step's own `passes`, if they are still there, an
-        exact derivative takes the products that were noted.
+        the features there, and that meets the task's gradient.
         """
         like = next(iter(self.above.values()), next(model.parameters()))
         slopes = [torch.zeros((), dtype=torch.float64, device=like.device) for _ in self.own]
         above = {name: along[name] for name in self.above if name in along}
-        known: Sequence[Domain | None] = [None] * len(self.encoded)
-        if passes is not None and mode == "exact":
-            known = passes.domains
-        for one, domain in zip(self.encoded, known, strict=True):
+        for one in self.encoded:
             # What a head adds to the gradient of a parameter that is shared, too, is weighed by the decoders' rule.
             for t in [t for place in one.places for t in place.tasks if t in among and part != "shared"]:
                 for name, gradient in self.own[t].items():
@@ -244,7 +244,7 @@ class Trail:
             places = [place for place in one.places if place.tensors and any(t in among for t in place.tasks)]
             if not places or not above:
                 continue
-            moved = self._moved(model, one, places, above, mode, domain)
+            moved = self._moved(model, one, places, above, mode)
             for place, at_place in zip(
                 places, moved.split([place.gradients.shape[1] for place in places]), strict=True
             ):
@@ -260,22 +260,20 @@ class Trail:
         places: Sequence[Place],
         along: Mapping[str, Tensor],
         mode: Mode,
-        domain: Domain | None,
     ) -> Tensor:
         """The derivative along the direction of what there is at some places, flattened."""
-        of_encoder = [] if domain is None else domain.products
-        of_branch = {} if domain is None else {branch.name: branch.products for branch in domain.branches}
+        exact = mode == "exact"  # a difference wants the values elsewhere
 
         def at_places(moved: Mapping[str, Tensor]) -> list[Tensor]:
             def compute(model: SplitModel) -> list[Tensor]:
                 found = []
-                with Reused(of_encoder):
+                with Reused(one.products if exact else []):
                     features = model.encode(one.input)
                 for place in places:
                     output = features
                     if place.branch is not None:
                         place.random.restore(device_of(model))
-                        with Reused(of_branch.get(place.branch, [])):
+                        with Reused(place.products if exact else []):
                             output = model.branches[place.branch](features)
                     tensors, _ = tree_flatten(output)
                     found += [tensors[i] for i in place.cut]
@@ -443,7 +441,7 @@ class Lookahead:
         if mode == "exact":
             self.noted.add(None)
         trail = Trail.of(self.model, self.passes, self.ambient)
-        return -trail.slopes(self.model, along, part, mode, among, self.passes).to(weights)
+        return -trail.slopes(self.model, along, part, mode, among).to(weights)
 
     def elements(self, t: int, of: Collection[int], mode: Mode) -> list[ElementSlopes] | None:
         """See `Signals.lookahead_elements`, for each objective."""

@@ -157,6 +157,8 @@ class Recall:
         """See `Signals.hindsight`."""
         memory = self.memory
         memory.wants_hindsight = True
+        if mode == "exact":
+            memory.noted.add(None)
         if self.last is None or self.last.trail is None:
             return None
         primaries = frozenset(t for t, task in enumerate(memory.tasks) if task.primary)

@@ -109,7 +109,7 @@ def test_a_fresh_comparison_is_the_repeated_one(load: Loader, tmp_path: Path, mo
     """Also where a metric is NaN, which JSON does not have."""
 
     def undefined(*args: Any) -> dict[str, dict[str, float]]:
-        return {"top_left": {"accuracy": math.nan}, "bottom_right": {"accuracy": 0.5}}
+        return {"top_left": {"accuracy": math.nan, "F1": 0.5}, "bottom_right": {"accuracy": 0.5, "F1": 0.5}}
 
     monkeypatch.setattr("sidetask_bench.run.evaluate", undefined)
     experiment = load("training.epochs=1", "dataset.train=16")

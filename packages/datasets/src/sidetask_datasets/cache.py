@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from sidetask_datasets.files import DataError, DataErrors
+from sidetask_datasets.files import DataError, DataErrors, open_array
 from sidetask_datasets.source import Field, Source
 
 _FORMAT = 1
@@ -144,7 +144,7 @@ def _opened(unit: _Unit) -> dict[str, Tensor] | None:
 def _mapped(path: Path, field: Field, count: int) -> NDArray[Any] | None:
     try:
         # Copy on write: torch asks for memory that may be written to, and the file stays as it is.
-        array = numpy.load(path, mmap_mode="c" if count else None, allow_pickle=False)
+        array = open_array(path, "c" if count else None)
     except (OSError, ValueError, EOFError):
         return None
     right = array.shape == (count, *field.shape) and array.dtype == numpy.dtype(field.dtype)
@@ -238,7 +238,7 @@ def _decode(unit: _Unit, chunk: str) -> list[str]:
     """Read the samples of a chunk into their array; what is wrong with them."""
     split, start, _ = chunk.split()
     field, problems = unit.field, []
-    array = numpy.load(unit.path(unit.part, split), mmap_mode="r+", allow_pickle=False)
+    array = open_array(unit.path(unit.part, split), "r+")
     for index, sample in enumerate(unit.source.splits[split], start=int(start)):
         path = sample[unit.name][0]
         try:

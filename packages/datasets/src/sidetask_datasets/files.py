@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import threading
 import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 from numpy.typing import NDArray
 from PIL import Image
 
+# numpy reads headers by ast.literal_eval, which in Python 3.11 fails now and then while another thread does the same.
+_HEADERS = threading.Lock()
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _LONGEST = 200  # file systems end names at 255 bytes, and an ending follows
 _MODES = {
@@ -176,6 +179,12 @@ def averaged(pixels: NDArray[numpy.uint8], size: tuple[int, int]) -> NDArray[num
     return numpy.array(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
+def open_array(path: Path, mode: Literal["r", "r+", "c"] | None = "r") -> Any:
+    """`numpy.load` of what is no pickle, from any thread."""
+    with _HEADERS:
+        return numpy.load(path, mmap_mode=mode, allow_pickle=False)
+
+
 def read_array(path: Path) -> NDArray[Any]:
     """The array in a .npy file, mapped: no more is read than is there, whatever the header says.
 
@@ -183,7 +192,7 @@ def read_array(path: Path) -> NDArray[Any]:
         DataError: if it is none; a pickle is never opened.
     """
     try:
-        array = numpy.load(path, mmap_mode="r", allow_pickle=False)
+        array = open_array(path)
     except _BROKEN as error:
         raise DataError(f"{path}: cannot be read as an array: {error}") from error
     if not isinstance(array, numpy.ndarray):

@@ -62,7 +62,7 @@ class Noted(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         value = func(*args, **(kwargs or {}))
-        if func in _PRODUCTS:
+        if func in _PRODUCTS and not _transformed():
             shapes = [factor.shape for factor in _factors(args, kwargs or {})[:2]]
             there = value.detach()
             self.found.append(Product(func, shapes, there, None if there.is_inference() else there._version))
@@ -72,7 +72,8 @@ class Noted(TorchFunctionMode):
 class Reused(TorchFunctionMode):
     """Takes the values of products from an earlier run of the same, and computes their derivatives alone.
 
-    From one on that is not what it was then, all are computed.
+    From one on that is not what it was then, values are computed, too. Derivatives are always computed here, and in one
+    way, so that it changes no bit whether values were there: after a resume they are not.
     """
 
     def __init__(self, noted: Sequence[Product]) -> None:
@@ -83,24 +84,27 @@ class Reused(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        known = next(self.noted, None) if func in _PRODUCTS else None
-        if known is None:
+        if func not in _PRODUCTS or _transformed():
             return func(*args, **kwargs)
         factors = _factors(args, kwargs)
-        if known.func is not func or [factor.shape for factor in factors[:2]] != known.shapes:
-            self.noted = iter(())
-            return func(*args, **kwargs)
+        known = next(self.noted, None)
+        if known is not None and (known.func is not func or [factor.shape for factor in factors[:2]] != known.shapes):
+            self.noted, known = iter(()), None
         parts = [(None, None) if factor is None else forward_ad.unpack_dual(factor) for factor in factors]
-        (x, dx), (weight, dweight), (_, dbias) = parts
+        (x, dx), (weight, dweight), (bias, dbias) = parts
         pairs = [(a, b) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None]
-        if not known.intact or (dbias is not None and not pairs):
+        if not pairs:
             return func(*args, **kwargs)
         options = {name: option for name, option in kwargs.items() if name not in _FACTORS}
+        value = known.value if known is not None and known.intact else func(x, weight, bias, *args[3:], **options)
         # The derivative by the bias is added once.
         moved = [func(*pair, b, *args[3:], **options) for pair, b in zip(pairs, (dbias, None), strict=False)]
-        if not moved:
-            return known.value
-        return forward_ad.make_dual(known.value, moved[0] if len(moved) == 1 else moved[0].add_(moved[1]))
+        return forward_ad.make_dual(value, moved[0] if len(moved) == 1 else moved[0].add_(moved[1]))
+
+
+def _transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, whose tensors cannot be taken apart."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def can_be_noted(model: nn.Module) -> bool:

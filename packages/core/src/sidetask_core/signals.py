@@ -291,9 +291,10 @@ class Signals:
 
         Args:
             weights: of the tasks in the step ``[T]``.
-            mode: ``"exact"``, by a forward-mode derivative of the encoder (and branches), which does the work of three
-                forward passes; ``"difference"``, by two forward passes with displaced parameters; ``"one-sided"``, by
-                one. Heads are not run again.
+            mode: ``"exact"``, by a forward-mode derivative of the encoder (and branches), which does the work of two
+                forward passes: values of convolutions and linear layers are those of the step, from the second one
+                that asks on (three in the first, and behind compiled modules); ``"difference"``, by two forward passes
+                with displaced parameters; ``"one-sided"``, by one. Heads are not run again.
             among: the tasks whose derivatives are wanted; all if None. Others get zero, and tasks with inputs of their
                 own are not encoded for it.
             taken: whether the step is going to be taken with this very tensor of weights. It decides what costs least
@@ -325,8 +326,7 @@ class Signals:
         task's weight, so that weighted means are the derivatives of shaped losses.
 
         Costs what `lookahead` costs, but for what the mode costs: the branch and the head of the task are run with the
-        encoder. From the second step that asks on, ``"exact"`` does the work of two forward passes, not three: values
-        of convolutions and linear layers are those of the step. Under several processes, every process must ask.
+        encoder. Under several processes, every process must ask.
 
         Args:
             task: whose elements.

@@ -1,8 +1,10 @@
 """Products that a step has computed are not computed once more, and what is made of them is what it was."""
 
+import copy
+
 import pytest
 import torch
-from sidetask_core import Batch, Method, Shaper, SplitModel, Step, Task, products
+from sidetask_core import Batch, Method, Shaper, SplitModel, Step, Task, Weighting, passes, products
 from sidetask_core.testing import close
 from torch import nn
 from torch.nn import functional
@@ -192,3 +194,86 @@ def test_products_of_compiled_modules_are_not_noted():
     assert products.can_be_noted(model)
     model.heads["a"].compile(backend="eager")
     assert not products.can_be_noted(model)
+
+
+class Learning(Weighting):
+    """Weights that learn by their slopes, which makes any other bit in these show."""
+
+    def __init__(self, tasks, back):
+        super().__init__(tasks)
+        self.register_buffer("weights", torch.ones(len(tasks)))
+        self.back = back
+
+    def forward(self, signals):
+        slopes = signals.hindsight() if self.back else signals.lookahead(self.weights.clone())
+        if slopes is not None:
+            self.weights = (self.weights - 5.0 * slopes).clamp(min=0.01)
+        return self.weights.clone()
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_is_an_uninterrupted_one_bit_for_bit(back, precision):
+    """After a resume no values are there, so that the first look computes them again."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        Batch(
+            torch.randn(4, 3, 8, 8, generator=generator),
+            {name: torch.randn(4, 1, 8, 8, generator=generator) for name in ("a", "b")},
+        )
+        for _ in range(13)
+    ]
+
+    def build():
+        torch.manual_seed(0)
+        convolutions = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+        encoder = nn.Sequential(convolutions[0], nn.BatchNorm2d(8), nn.ReLU(), convolutions[1], nn.ReLU())
+        model = SplitModel(encoder, {name: nn.ConvTranspose2d(8, 1, 3) for name in ("a", "b")})
+        step = Step(model, tasks(), Method(encoder=Learning(tasks(), back)))
+        return step, torch.optim.SGD(step.parameters(), lr=0.1, momentum=0.9)
+
+    def train(step, optimizer, which):
+        for batch in which:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                step.backward(batch, validation=batches[12], optimizer=optimizer)
+            optimizer.step()
+
+    step, optimizer = build()
+    train(step, optimizer, batches[:4])
+    saved = copy.deepcopy((step.state_dict(), optimizer.state_dict()))
+    train(step, optimizer, batches[4:12])
+    resumed, its_optimizer = build()
+    resumed.load_state_dict(saved[0])
+    its_optimizer.load_state_dict(saved[1])
+    train(resumed, its_optimizer, batches[4:12])
+    assert not torch.equal(step.encoder.weights, torch.ones(2))
+    for name, value in step.named_parameters():
+        assert torch.equal(resumed.get_parameter(name), value), name
+    assert torch.equal(resumed.encoder.weights, step.encoder.weights)
+
+
+def test_what_a_transform_runs_is_left_to_it():
+    """Tensors of `torch.func` cannot be taken apart."""
+
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(5, 4)
+
+        def forward(self, x):
+            return torch.vmap(lambda row: functional.linear(row, self.lin.weight, self.lin.bias).tanh())(x)
+
+    torch.manual_seed(0)
+    model = SplitModel(Mapped(), {name: nn.Linear(4, 3) for name in ("a", "b")}).double()
+    batch = Batch(torch.randn(6, 5).double(), {name: torch.randn(6, 3).double() for name in ("a", "b")})
+    found = []
+    for reuse in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(passes, "can_be_noted", lambda _, reuse=reuse: reuse)
+            asking = Asking(ASK["ahead"])
+            step = Step(model, tasks(), Method(shapers={"b": asking}))
+            for _ in range(3):
+                step.backward(batch, validation=batch, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+            found.append(asking.found[-1])
+    close(found[0], found[1], 1e-12)

@@ -93,10 +93,11 @@ class Reused(TorchFunctionMode):
         parts = [(None, None) if factor is None else forward_ad.unpack_dual(factor) for factor in factors]
         (x, dx), (weight, dweight), (bias, dbias) = parts
         pairs = [(a, b) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None]
+        there = known is not None and known.intact
         if not pairs:
-            return func(*args, **kwargs)
+            return known.value if known is not None and there and dbias is None else func(*args, **kwargs)
         options = {name: option for name, option in kwargs.items() if name not in _FACTORS}
-        value = known.value if known is not None and known.intact else func(x, weight, bias, *args[3:], **options)
+        value = known.value if known is not None and there else func(x, weight, bias, *args[3:], **options)
         # The derivative by the bias is added once.
         moved = [func(*pair, b, *args[3:], **options) for pair, b in zip(pairs, (dbias, None), strict=False)]
         return forward_ad.make_dual(value, moved[0] if len(moved) == 1 else moved[0].add_(moved[1]))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from sidetask_core import BilevelWeighting, Equal, Fixed, Method, SplitModel, Step, Task, Weighting, plugins
+from sidetask_core import Batch, BilevelWeighting, Equal, Fixed, Method, SplitModel, Step, Task, Weighting, plugins
 from sidetask_core.testing import batches, brute_force, close, gradients, problem, squared, tiny_tasks
 from sidetask_saal import ChosenTransfers, SelfAuxiliaries
 from sidetask_saal.auxiliaries import fresh
@@ -139,6 +139,48 @@ def test_without_weight_or_switched_off_training_is_bit_for_bit_that_without(how
             step.augment.switch(name, False)
     alone = Step(problem("half-shared", norm=True), three(), Method(encoder=rule(three())))
     found, expected = trained(step, data), trained(alone, data)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("how", ["weights of zero", "switched off", "one input at a time"])
+def test_statistics_of_a_branch_are_those_of_its_own_input(how):
+    """Tasks with inputs of their own: what rides along on another's must not show in what is exported."""
+    tasks = [Task(name, squared, input=f"x{name}") for name in "ab"]
+
+    def network():
+        torch.manual_seed(1)
+        # Heads that are not run draw nothing.
+        dropout = [nn.Dropout(0.3)] if how == "switched off" else []
+        branch = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.ReLU(), *dropout)
+        return SplitModel.from_stages([nn.Linear(4, 5), branch], 1, {n: nn.Linear(5, 1) for n in "ab"}).double()
+
+    def data(i):
+        g = torch.Generator().manual_seed(i)
+        xa, xb, ya, yb = (torch.randn(8, n, generator=g, dtype=torch.float64) for n in (4, 4, 1, 1))
+        inputs = {"xa": xa, "xb": 5 * xb + 3}
+        targets = {"a": ya, "b": yb}
+        if how == "one input at a time":
+            del inputs["xb" if i % 2 else "xa"]
+            targets["b" if i % 2 else "a"] = None
+        return Batch(inputs, targets)
+
+    auxiliaries = SelfAuxiliaries(tasks, "all", seed=0)
+    step = Step(network(), tasks, Method(augment=auxiliaries, encoder=Scaled(auxiliaries.extended(tasks))))
+    if how == "switched off":
+        for name in auxiliaries.transfers:
+            auxiliaries.switch(name, False)
+    states = []
+    for one in (step, Step(network(), tasks)):
+        torch.manual_seed(2)
+        # Without momentum or decay, which move what has a gradient of zero and not what has none.
+        optimizer = torch.optim.SGD(one.model.parameters(), lr=0.1)
+        for i in range(4):
+            optimizer.zero_grad()
+            one.backward(data(i))
+            optimizer.step()
+        states.append(one.export().state_dict())
+    found, expected = states
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

@@ -225,9 +225,7 @@ class Step(nn.Module):
                     self.model, self.tasks, passes, ambient, validation, optimizer, self._memory.noted
                 )
             followed = optimizer is not None
-            signals = Signals(
-                self.tasks, passes, self.iteration, self.epoch, recall, lookahead, followed, resting
-            )
+            signals = Signals(self.tasks, passes, self.iteration, self.epoch, recall, lookahead, followed, resting)
             self._check_finite(signals.losses)
             try:
                 weights = self._weigh(signals)

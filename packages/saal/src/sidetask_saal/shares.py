@@ -25,8 +25,8 @@ class Shares(nn.Module):
     to infinity or to the other sign. Here it is the sum of absolute values: the same where none is negative, and no
     weight is ever larger than the group's total. Where all of a group's coefficients are zero, so are its weights.
 
-    A task without labels in a batch gets zero, and is counted in the sum: what the others weigh does not depend on whose
-    labels a batch happens to have, and a coefficient near zero is not made large for being there alone. Over batches
+    A task without labels in a batch gets zero, and is counted in the sum: what the others weigh does not depend on
+    whose labels a batch happens to have, and a coefficient near zero is not made large for being there alone. Over batches
     that have the labels of one task each, a group's weights add up to its total, as in one batch with all labels. A
     transfer that is switched off gets zero and is not counted, as if it did not exist.
 

@@ -4,7 +4,19 @@ import copy
 
 import pytest
 import torch
-from sidetask_core import Batch, BilevelWeighting, Equal, Fixed, Method, SplitModel, Step, Task, Weighting, plugins
+from sidetask_core import (
+    Batch,
+    BilevelWeighting,
+    Equal,
+    Fixed,
+    Method,
+    Shaper,
+    SplitModel,
+    Step,
+    Task,
+    Weighting,
+    plugins,
+)
 from sidetask_core.testing import batches, brute_force, close, gradients, problem, squared, tiny_tasks
 from sidetask_saal import ChosenTransfers, SelfAuxiliaries
 from sidetask_saal.auxiliaries import fresh
@@ -390,3 +402,61 @@ def test_methods_by_name_and_slot_by_slot():
             factory(tasks, transfers="all", relations="x.json")
     with pytest.raises(ValueError, match="one of target, source, none, not 'both'"):
         saal_e(tasks, transfers="all", normalization="both")
+
+
+@pytest.mark.parametrize("schedule", [[["b->a", 1]], "b->a", {"b->a": 3}, {"b->a": [[True, 5]]}], ids=str)
+def test_a_schedule_of_another_form_is_refused(schedule):
+    with pytest.raises(ValueError, match=r"a schedule maps names of transfers to windows|schedule of 'b->a'"):
+        SelfAuxiliaries(three(), ["b->a"], schedule=schedule)
+
+
+def test_two_schedules_of_one_transfer_are_refused():
+    with pytest.raises(ValueError, match="transfer b→a has two schedules"):
+        SelfAuxiliaries(three(), ["b->a"], schedule={"b->a": [[0, 5]], "b→a": [[10, None]]})
+
+
+def test_a_rule_of_another_route_is_refused():
+    route = {"a": "both", "b": "both", "c": "other"}
+    spec = {"augment": {"name": "saal-e", "transfers": "all", "route": route}}
+    model = problem("two heads on one branch")
+    method = plugins.make_method(spec | {"encoder": {"name": "saal-e", "transfers": "all"}}, three())
+    with pytest.raises(
+        ValueError, match=r"the rule ChosenTransfers was made for branches .*; give both the same route"
+    ):
+        Step(model, three(), method)
+    for same in (spec | {"encoder": spec["augment"]}, spec | {"encoder": "uncertainty"}):
+        Step(model, three(), plugins.make_method(same, three()))
+
+
+def test_every_rule_takes_a_transfer_in_ascii():
+    weights = {"a": 1, "b": 2, "c": 3, "b->a": 0.5}
+    augment = {"name": "saal-e", "transfers": ["b->a"]}
+    spec = {"augment": augment, "encoder": {"name": "fixed", "weights": weights}}
+    assert plugins.make_method(spec, three()).encoder.weights.tolist() == [1, 2, 3, 0.5]
+    # What is given alike is still built once.
+    both = plugins.make_method({"augment": augment, "encoder": dict(augment), "decoder": dict(augment)}, three())
+    assert both.encoder is both.decoder
+    learned = {"name": "saal-w", "transfers": ["b->a"], "schedule": {"b->a": [[0, 5]]}}
+    method = plugins.make_method({"augment": learned, "encoder": learned}, three())
+    assert method.augment.schedule == {"b→a": [(0, 5)]}
+    spec["encoder"]["weights"] = weights | {"x->a": 1}
+    with pytest.raises(ValueError, match="there is a weight for 'x->a'"):
+        plugins.make_method(spec, three())
+
+
+class Half(Shaper):
+    def forward(self, losses, target):
+        return torch.full_like(losses, 0.5)
+
+
+def test_a_copy_never_learns_without_the_shaper_of_its_source():
+    auxiliaries = SelfAuxiliaries(three(), ["b->a"], seed=0)
+    model = problem("half-shared")
+    with pytest.raises(ValueError, match="task 'b' has a shaper, but its copy 'b→a' would learn from the plain loss"):
+        Step(model, three(), Method(augment=auxiliaries, shapers={"b": Half()}))
+    Step(model, three(), Method(augment=auxiliaries, shapers={"a": Half()}))
+    step = Step(model, three(), Method(augment=auxiliaries, shapers={"b": Half(), "b→a": Half()}))
+    step.model.heads["b→a"].load_state_dict(step.model.heads["b"].state_dict())
+    step.model.branches["a"].load_state_dict(step.model.branches["b"].state_dict())
+    losses = step.backward(batches(1)[0]).losses
+    assert losses["b"] == losses["b→a"]

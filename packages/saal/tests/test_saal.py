@@ -205,6 +205,18 @@ def test_shares_never_turn_round_or_exceed_their_group():
     close(by_source[[0, 4]].sum(), torch.tensor(1.0, dtype=torch.float64), "all that a teaches")
 
 
+@pytest.mark.parametrize("factory", [saal_w, saal_ew])
+def test_coefficients_that_could_never_learn_are_refused(factory):
+    with pytest.raises(ValueError, match="init must not be 0: shares of nothing"):
+        factory(three(), transfers=["b->a"], init=0)
+    factory(three(), transfers=["b->a"], init=0, normalization="none")
+
+
+def test_coefficients_are_named():
+    rule = saal_w(three(), transfers=["b->a"], init=0.3).encoder
+    assert {name: w.item() for name, w in rule.named_weights().items()} == dict.fromkeys(["a", "b", "c", "b→a"], 0.3)
+
+
 def test_what_is_there_alone_is_not_made_large():
     """A coefficient just below zero whose branch's own task has no labels would turn its gradient round."""
     shares = Shares([Task(name, squared) for name in NAMES[:4]], "target")

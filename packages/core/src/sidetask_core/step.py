@@ -119,6 +119,7 @@ class Step(nn.Module):
         for task in tasks:
             model.check_head(task.name)
         if method.augment is not None:
+            method.augment.check(method)
             model, tasks = method.augment(model, tasks), check_tasks(method.augment.extended(tasks))
             for task in tasks:
                 model.check_head(task.name)

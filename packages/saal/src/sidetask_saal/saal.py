@@ -52,7 +52,7 @@ class LearnedTransfers(BilevelWeighting):
     Args:
         tasks: the given tasks and the transfers between them, as `SelfAuxiliaries.extended` says them.
         lr: Adam's step size; 1e-4 (the paper).
-        init: first value of every ω; 0.1 (the paper).
+        init: first value of every ω; 0.1 (the paper). Not 0, unless normalization is ``"none"``.
         when: ``"before"`` (the paper), ``"after"`` or ``"online"``.
         every: ω learns in each n-th step; 1 (the paper).
         mode: how `Signals.lookahead` differentiates.
@@ -79,6 +79,8 @@ class LearnedTransfers(BilevelWeighting):
         route: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(tasks, lr=lr, init=init, when=when, every=every, mode=mode)
+        if init == 0 and normalization != "none":
+            raise ValueError("init must not be 0: shares of nothing have no derivative, and nothing would ever learn")
         self.shares = Shares(tasks, normalization, route)
         # Hindsight is about the step before, in which other tasks may have been there.
         self.register_buffer("present", torch.zeros(len(self.tasks), dtype=torch.bool))
@@ -98,6 +100,10 @@ class LearnedTransfers(BilevelWeighting):
         """The normalised coefficients ``[T]``."""
         self.present, self.on = _there(signals, self.weights.device)
         return self.shares(self.weights, self.present, self.on).to(signals.losses)
+
+    def named_weights(self) -> Mapping[str, Tensor]:
+        """The coefficients ω, of which the step's weights are shares."""
+        return dict(zip(self.tasks, self.weights.clone().unbind(), strict=True))
 
     def moved(self, derivative: Tensor) -> Tensor:
         """ω after Adam's step ``[T]``."""

@@ -26,9 +26,9 @@ class Shares(nn.Module):
     weight is ever larger than the group's total. Where all of a group's coefficients are zero, so are its weights.
 
     A task without labels in a batch gets zero, and is counted in the sum: what the others weigh does not depend on
-    whose labels a batch happens to have, and a coefficient near zero is not made large for being there alone. Over batches
-    that have the labels of one task each, a group's weights add up to its total, as in one batch with all labels. A
-    transfer that is switched off gets zero and is not counted, as if it did not exist.
+    whose labels a batch happens to have, and a coefficient near zero is not made large for being there alone. Over
+    batches that have the labels of one task each, a group's weights add up to its total, as in one batch with all
+    labels. A transfer that is switched off gets zero and is not counted, as if it did not exist.
 
     Args:
         tasks: the given tasks and the transfers between them.
@@ -53,7 +53,7 @@ class Shares(nn.Module):
         self.normalization = normalization
         names = [task.name for task in tasks]
         pairs = [ends(name) or (name, name) for name in names]
-        branches = routed([name for name in names if ends(name) is None], route)
+        self.route = branches = routed([name for name in names if ends(name) is None], route)
         keys = [source if normalization == "source" else branches.get(target, target) for source, target in pairs]
         groups = list(dict.fromkeys(keys))
         members = torch.tensor([[float(key == group) for key in keys] for group in groups], dtype=torch.float64)

@@ -295,9 +295,10 @@ class Signals:
 
         Args:
             weights: of the tasks in the step ``[T]``.
-            mode: ``"exact"``, by a forward-mode derivative of the encoder (and branches), which does the work of three
-                forward passes; ``"difference"``, by two forward passes with displaced parameters; ``"one-sided"``, by
-                one. Heads are not run again.
+            mode: ``"exact"``, by a forward-mode derivative of the encoder (and branches), which does the work of two
+                forward passes from the second step that asks on, with values of convolutions and linear layers from
+                the step's own pass, and of three without (compiled modules); ``"difference"``, by two forward passes
+                with displaced parameters; ``"one-sided"``, by one. Heads are not run again.
             among: the tasks whose derivatives are wanted; all if None. Others get zero, and tasks with inputs of their
                 own are not encoded for it.
             taken: whether the step is going to be taken with this very tensor of weights. It decides what costs least

@@ -48,7 +48,7 @@ def lookahead_relations(
     Raises:
         ValueError: for no batch, or fewer of validation; if the tasks share no layer that learns.
     """
-    found = []
+    found: list[Tensor] = []
     probes = None if validation is None else iter(validation)
     for batch in batches:
         probe = batch if probes is None else next(probes, None)

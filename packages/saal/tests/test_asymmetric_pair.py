@@ -135,7 +135,7 @@ def outcome(seed, **how):
 
 
 def test_what_helps_is_found_and_helps_without_the_harm():
-    """With noise enough that who hurts is beyond chance; benchmarks/asymmetric_pair.py has five seeds of the default."""
+    """With noise enough that who hurts is beyond chance; `asymmetric_pair.py` of the benchmarks has five others."""
     relations, by = outcome(0, labels=100, noise=1.5)
     assert relations.chosen() == ["a→b"]
     assert by["saal-e"]["a"] < 0.9 * min(by["everything"]["a"], by["half"]["a"])

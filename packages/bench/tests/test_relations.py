@@ -1,6 +1,7 @@
 """All pairs are trained like any run, and what is read of them is their chosen epoch's validation."""
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -16,8 +17,11 @@ from sidetask_bench.estimates import (
     LOOKAHEAD_VALIDATION,
     estimate_relations,
 )
+from sidetask_bench.progress import Display
 from sidetask_bench.relations import enumerate_relations
+from sidetask_bench.run import train
 from sidetask_bench.schema import ExperimentError
+from sidetask_core import Step
 from sidetask_saal import Relations
 from typer.testing import CliRunner
 
@@ -58,6 +62,88 @@ def test_processes_give_the_same(load, tmp_path):
     assert here.rows == there.rows
 
 
+def test_a_training_that_fails_of_anything_is_named_and_tried_again(load, tmp_path, monkeypatch):
+    backward = Step.backward
+
+    def failing(step, *args, **kwargs):
+        if len(step.tasks) == 2:
+            raise ZeroDivisionError("here")
+        return backward(step, *args, **kwargs)
+
+    experiment = load("training.epochs=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "backward", failing)
+        found = enumerate_relations(experiment, tmp_path)
+    assert found.failed == {"top_left+bottom_right": "StepFailure: ZeroDivisionError: here"}
+    assert all((tmp_path / name / "seed0/result.json").exists() for name in TASKS)
+
+    def stopped(step, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "backward", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            enumerate_relations(experiment, tmp_path)
+    assert enumerate_relations(experiment, tmp_path).failed == {}
+
+
+def test_results_of_which_nothing_follows_are_made_again(load, tmp_path):
+    experiment = load("training.epochs=1")
+    expected = enumerate_relations(experiment, tmp_path)
+    path = tmp_path / "top_left/seed0/metrics.jsonl"
+    (line,) = path.read_text().splitlines()
+    record = json.loads(line)
+    record["validation"]["top_left"] = dict.fromkeys(record["validation"]["top_left"])
+    path.write_text(json.dumps(record) + "\n")
+    kept = (tmp_path / "bottom_right/seed0/result.json").stat().st_mtime_ns
+    found = enumerate_relations(experiment, tmp_path)
+    assert [*found.failed] == ["top_left"]
+    assert "is not a number" in found.failed["top_left"]
+    found = enumerate_relations(experiment, tmp_path)
+    np.testing.assert_array_equal(found.improvement, expected.improvement)
+    assert (tmp_path / "bottom_right/seed0/result.json").stat().st_mtime_ns == kept
+    (tmp_path / "relations.json").write_text("{")
+    with pytest.raises(ExperimentError, match=r"relations of before .*relations.json is not JSON"):
+        enumerate_relations(experiment, tmp_path)
+
+
+class Killer(Display):
+    """Kills the workers whenever the pair begins."""
+
+    def __init__(self):
+        self.killed = 0
+
+    def begin(self, name, done, steps):
+        if name.startswith("+".join(TASKS)):
+            self.killed += 1
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+
+def test_a_worker_that_is_killed_takes_no_other_run_with_it(load, tmp_path):
+    killer = Killer()
+    found = enumerate_relations(load("training.epochs=60"), tmp_path, jobs=2, display=killer)
+    assert killer.killed == 2
+    assert [*found.failed] == ["top_left+bottom_right"]
+    assert "BrokenProcessPool" in found.failed["top_left+bottom_right"]
+    assert all((tmp_path / name / "seed0/result.json").exists() for name in TASKS)
+
+
+def test_a_file_of_the_method_with_other_content_is_another_configuration(load, tmp_path):
+    path = tmp_path / "relations.json"
+    matrix = np.array([[np.nan, 1.0], [-1.0, np.nan]])
+    Relations(TASKS, matrix).save(path)
+    for spec in (f"{{name: saal-e, relations: {path}}}", f"{{augment: {{name: saal-e, relations: {path}}}}}"):
+        config = load("training.epochs=1", "network.cut=1", "network.widths=[4, 8]", f"method={spec}").run(None, 0)
+        Relations(TASKS, matrix).save(path)
+        folder = tmp_path / ("slots" if "augment" in spec else "named")
+        result = train(config, folder)
+        assert train(config, folder) == result
+        Relations(TASKS, matrix.T).save(path)
+        with pytest.raises(ExperimentError, match=r"files.method\.[a-z.]*relations: [0-9a-f]{64} -> [0-9a-f]{64}"):
+            train(config, folder)
+
+
 def test_the_command_names_the_file_for_the_method(tiny, tmp_path):
     done = CliRunner().invoke(app, ["relations", str(tiny()), "--set", SHORT, "--folder", str(tmp_path / "all")])
     found = Relations.load(tmp_path / "all" / "relations.json")
@@ -87,6 +173,16 @@ def test_estimates_beside_the_enumerated_truth(load, tmp_path):
     last = [line["encoder"]["top_left→bottom_right"] for line in lines if line["epoch"] == 1]
     assert found.matrices[COEFFICIENTS][0, 1] == pytest.approx(np.mean(last))
     assert load_run_config(tmp_path / "learned/seed0/config.yaml").method["when"] == "after"
+    # Beside the weights, which are shares, the coefficients themselves.
+    coefficients = [
+        json.loads(line)["coefficients"] for line in (tmp_path / "learned/seed0/metrics.jsonl").read_text().splitlines()
+    ]
+    assert [*coefficients[1]] == ["encoder"]
+    assert [*coefficients[1]["encoder"]] == [*TASKS, *(f"{s}→{t}" for s, t in PAIRS)]
+    omega = torch.load(tmp_path / "learned/seed0/checkpoint.pt", weights_only=True)["trainer"]["step"][
+        "encoder.weights"
+    ]
+    assert [*coefficients[1]["encoder"].values()] == omega.tolist()
     # The source's encoder as it was, with a head of two layers for the target.
     folder = tmp_path / "bottom_right-on-top_left/seed0"
     state = torch.load(folder / "best.pt", weights_only=True)["model"]

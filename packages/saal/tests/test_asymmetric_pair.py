@@ -135,21 +135,8 @@ def outcome(seed, **how):
 
 
 def test_what_helps_is_found_and_helps_without_the_harm():
-    """With noise enough that who hurts is beyond chance; `python` on this file shows five seeds of the default."""
+    """With noise enough that who hurts is beyond chance; `asymmetric_pair.py` of the benchmarks has five others."""
     relations, by = outcome(0, labels=100, noise=1.5)
     assert relations.chosen() == ["a→b"]
     assert by["saal-e"]["a"] < 0.9 * min(by["everything"]["a"], by["half"]["a"])
     assert by["saal-e"]["b"] < 0.95 * by["nothing"]["b"]
-
-
-if __name__ == "__main__":
-    import sys
-
-    options = {key: float(value) for key, value in (word.split("=") for word in sys.argv[1:])}
-    for seed in range(10, 15):
-        found, by = outcome(seed, **options)
-        lines = [f"{how}: a {e['a']:.3f}, b {e['b']:.3f}" for how, e in by.items()]
-        sys.stdout.write(
-            f"{seed}: {found.chosen()} {found.improvement.round(1).tolist()}\n  " + "; ".join(lines) + "\n"
-        )
-        sys.stdout.flush()

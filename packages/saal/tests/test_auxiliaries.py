@@ -4,7 +4,19 @@ import copy
 
 import pytest
 import torch
-from sidetask_core import BilevelWeighting, Equal, Fixed, Method, SplitModel, Step, Task, Weighting, plugins
+from sidetask_core import (
+    Batch,
+    BilevelWeighting,
+    Equal,
+    Fixed,
+    Method,
+    Shaper,
+    SplitModel,
+    Step,
+    Task,
+    Weighting,
+    plugins,
+)
 from sidetask_core.testing import batches, brute_force, close, gradients, problem, squared, tiny_tasks
 from sidetask_saal import ChosenTransfers, SelfAuxiliaries
 from sidetask_saal.auxiliaries import fresh
@@ -139,6 +151,48 @@ def test_without_weight_or_switched_off_training_is_bit_for_bit_that_without(how
             step.augment.switch(name, False)
     alone = Step(problem("half-shared", norm=True), three(), Method(encoder=rule(three())))
     found, expected = trained(step, data), trained(alone, data)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("how", ["weights of zero", "switched off", "one input at a time"])
+def test_statistics_of_a_branch_are_those_of_its_own_input(how):
+    """Tasks with inputs of their own: what rides along on another's must not show in what is exported."""
+    tasks = [Task(name, squared, input=f"x{name}") for name in "ab"]
+
+    def network():
+        torch.manual_seed(1)
+        # Heads that are not run draw nothing.
+        dropout = [nn.Dropout(0.3)] if how == "switched off" else []
+        branch = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.ReLU(), *dropout)
+        return SplitModel.from_stages([nn.Linear(4, 5), branch], 1, {n: nn.Linear(5, 1) for n in "ab"}).double()
+
+    def data(i):
+        g = torch.Generator().manual_seed(i)
+        xa, xb, ya, yb = (torch.randn(8, n, generator=g, dtype=torch.float64) for n in (4, 4, 1, 1))
+        inputs = {"xa": xa, "xb": 5 * xb + 3}
+        targets = {"a": ya, "b": yb}
+        if how == "one input at a time":
+            del inputs["xb" if i % 2 else "xa"]
+            targets["b" if i % 2 else "a"] = None
+        return Batch(inputs, targets)
+
+    auxiliaries = SelfAuxiliaries(tasks, "all", seed=0)
+    step = Step(network(), tasks, Method(augment=auxiliaries, encoder=Scaled(auxiliaries.extended(tasks))))
+    if how == "switched off":
+        for name in auxiliaries.transfers:
+            auxiliaries.switch(name, False)
+    states = []
+    for one in (step, Step(network(), tasks)):
+        torch.manual_seed(2)
+        # Without momentum or decay, which move what has a gradient of zero and not what has none.
+        optimizer = torch.optim.SGD(one.model.parameters(), lr=0.1)
+        for i in range(4):
+            optimizer.zero_grad()
+            one.backward(data(i))
+            optimizer.step()
+        states.append(one.export().state_dict())
+    found, expected = states
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -348,3 +402,61 @@ def test_methods_by_name_and_slot_by_slot():
             factory(tasks, transfers="all", relations="x.json")
     with pytest.raises(ValueError, match="one of target, source, none, not 'both'"):
         saal_e(tasks, transfers="all", normalization="both")
+
+
+@pytest.mark.parametrize("schedule", [[["b->a", 1]], "b->a", {"b->a": 3}, {"b->a": [[True, 5]]}], ids=str)
+def test_a_schedule_of_another_form_is_refused(schedule):
+    with pytest.raises(ValueError, match=r"a schedule maps names of transfers to windows|schedule of 'b->a'"):
+        SelfAuxiliaries(three(), ["b->a"], schedule=schedule)
+
+
+def test_two_schedules_of_one_transfer_are_refused():
+    with pytest.raises(ValueError, match="transfer b→a has two schedules"):
+        SelfAuxiliaries(three(), ["b->a"], schedule={"b->a": [[0, 5]], "b→a": [[10, None]]})
+
+
+def test_a_rule_of_another_route_is_refused():
+    route = {"a": "both", "b": "both", "c": "other"}
+    spec = {"augment": {"name": "saal-e", "transfers": "all", "route": route}}
+    model = problem("two heads on one branch")
+    method = plugins.make_method(spec | {"encoder": {"name": "saal-e", "transfers": "all"}}, three())
+    with pytest.raises(
+        ValueError, match=r"the rule ChosenTransfers was made for branches .*; give both the same route"
+    ):
+        Step(model, three(), method)
+    for same in (spec | {"encoder": spec["augment"]}, spec | {"encoder": "uncertainty"}):
+        Step(model, three(), plugins.make_method(same, three()))
+
+
+def test_every_rule_takes_a_transfer_in_ascii():
+    weights = {"a": 1, "b": 2, "c": 3, "b->a": 0.5}
+    augment = {"name": "saal-e", "transfers": ["b->a"]}
+    spec = {"augment": augment, "encoder": {"name": "fixed", "weights": weights}}
+    assert plugins.make_method(spec, three()).encoder.weights.tolist() == [1, 2, 3, 0.5]
+    # What is given alike is still built once.
+    both = plugins.make_method({"augment": augment, "encoder": dict(augment), "decoder": dict(augment)}, three())
+    assert both.encoder is both.decoder
+    learned = {"name": "saal-w", "transfers": ["b->a"], "schedule": {"b->a": [[0, 5]]}}
+    method = plugins.make_method({"augment": learned, "encoder": learned}, three())
+    assert method.augment.schedule == {"b→a": [(0, 5)]}
+    spec["encoder"]["weights"] = weights | {"x->a": 1}
+    with pytest.raises(ValueError, match="there is a weight for 'x->a'"):
+        plugins.make_method(spec, three())
+
+
+class Half(Shaper):
+    def forward(self, losses, target):
+        return torch.full_like(losses, 0.5)
+
+
+def test_a_copy_never_learns_without_the_shaper_of_its_source():
+    auxiliaries = SelfAuxiliaries(three(), ["b->a"], seed=0)
+    model = problem("half-shared")
+    with pytest.raises(ValueError, match="task 'b' has a shaper, but its copy 'b→a' would learn from the plain loss"):
+        Step(model, three(), Method(augment=auxiliaries, shapers={"b": Half()}))
+    Step(model, three(), Method(augment=auxiliaries, shapers={"a": Half()}))
+    step = Step(model, three(), Method(augment=auxiliaries, shapers={"b": Half(), "b→a": Half()}))
+    step.model.heads["b→a"].load_state_dict(step.model.heads["b"].state_dict())
+    step.model.branches["a"].load_state_dict(step.model.branches["b"].state_dict())
+    losses = step.backward(batches(1)[0]).losses
+    assert losses["b"] == losses["b→a"]

@@ -123,3 +123,9 @@ def test_a_frozen_encoder_gives_what_the_head_reads_and_learns_nothing(split):
     assert model.heads["c"].weight.grad.any()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     assert all(p.grad is None for p in model.shared_parameters())
+
+
+def test_every_batch_needs_one_of_validation():
+    data = batches(5)
+    with pytest.raises(ValueError, match="validation ended after 2 batches; there must be one for each"):
+        lookahead_relations(problem("half-shared"), tiny_tasks(), data[:3], lr=0.1, validation=data[3:])

@@ -2,9 +2,14 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,26 +141,140 @@ def test_a_training_that_fails_is_named_and_tried_again(tmp_path):
     assert enumerate_transfers(train, tasks(), cache=tmp_path, progress=silent).failed == {}
 
 
-def test_what_has_no_improvement_is_a_failure_too():
-    def zero(names):
-        return {name: {"score": 0.0 if name == "a" else 1.0, "error": math.nan} for name in names}
+def test_numbers_of_which_no_improvement_follows_are_failures_and_tried_again(tmp_path):
+    calls = []
 
-    found = enumerate_transfers(zero, [Task(n, abs, metrics={"score": Metric(True)}) for n in "ab"], progress=silent)
-    assert list(found.failed) == ["a"]
-    found = enumerate_transfers(zero, [Task(n, abs, metrics={"error": Metric(False)}) for n in "ab"], progress=silent)
-    assert found.failed == {"a+b": "the improvement of 'b' is not a number"}
+    def diverges(names):
+        calls.append(names)
+        bad = {("a",): 0.0, ("a", "b"): math.nan, ("b", "c"): math.inf}
+        return {name: {"score": bad.get(names, 1.0), "error": 2.0} for name in names}
+
+    found = enumerate_transfers(diverges, tasks(), cache=tmp_path, progress=silent)
+    assert found.failed == {
+        "a": "metric 'score' of task 'a' is 0, and no improvement is relative to that",
+        "a+b": "metric 'score' of task 'a' is not a number",
+        "b+c": "metric 'score' of task 'b' is not a number",
+    }
+    assert len(calls) == 6
+    again = []
+
+    def recovered(names):
+        again.append(names)
+        return diverges(names) | train(names)
+
+    found = enumerate_transfers(recovered, tasks(), cache=tmp_path, progress=silent)
+    assert again == [("a",), ("a", "b"), ("b", "c")]
+    assert found.failed == {}
 
 
-class Broken(ThreadPoolExecutor):
-    def submit(self, *arguments):
-        future = super().submit(int)
-        future.exception = lambda: BrokenExecutor("gone")
-        return future
+def test_a_metric_that_does_not_count_may_be_anything(tmp_path):
+    def some(names):
+        return {name: found | {"error": math.nan} for name, found in train(names).items()}
+
+    found = enumerate_transfers(some, tasks(), definition="one-metric", cache=tmp_path, progress=silent)
+    assert found.improvement[0, 1] == pytest.approx(10)
+    # By another definition these are no results.
+    assert len(enumerate_transfers(some, tasks(), cache=tmp_path, progress=silent).failed) == 6
 
 
-def test_an_executor_that_breaks_down_is_not_a_training_that_failed():
-    with pytest.raises(BrokenExecutor, match="gone"):
-        enumerate_transfers(train, tasks(), executor=Broken(1), progress=silent)
+@pytest.mark.parametrize(
+    "result", [None, {"a": {"score": 1.0}}, {"a": [1]}, {"a": {"score": "x", "error": None}}], ids=str
+)
+def test_a_training_that_gives_nonsense_fails_alone(result, tmp_path):
+    def nonsense(names):
+        return result if names == ("a", "c") else train(names)
+
+    found = enumerate_transfers(nonsense, tasks(), cache=tmp_path, progress=silent)
+    assert list(found.failed) == ["a+c"]
+    assert found.failed["a+c"].startswith("ValueError: train(('a', 'c')) gave ")
+    assert found.improvement[0, 1] == pytest.approx(7.5)
+    assert enumerate_transfers(train, tasks(), cache=tmp_path, progress=silent).failed == {}
+
+
+def dies(names):
+    """The first pair takes its process with it, in the midst of others, as the kernel does when memory runs out."""
+    if names == ("a", "b"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train(names)
+
+
+def leaves(names):
+    if names == ("a", "b"):
+        sys.exit(3)
+    return train(names)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_worker_that_is_killed_is_named_and_takes_no_other_training_with_it(tmp_path):
+    made = []
+
+    def pool():
+        made.append(ProcessPoolExecutor(2, get_context("fork")))
+        return made[-1]
+
+    shown = []
+    found = enumerate_transfers(
+        dies, tasks(), executor=pool, cache=tmp_path, progress=lambda *now: shown.append(now[0])
+    )
+    assert list(found.failed) == ["a+b"]
+    assert found.failed["a+b"].startswith("BrokenProcessPool: ")
+    assert np.isnan(found.improvement).sum() == 3 + 2
+    assert found.improvement[0, 2] == pytest.approx(22.5)
+    assert shown == [1, 2, 3, 4, 5, 6]
+    assert len(made) > 1
+    # An executor that is given cannot be made anew; what it finished is kept.
+    with pool() as given:
+        found = enumerate_transfers(dies, tasks(), executor=given, cache=tmp_path, progress=silent)
+    assert list(found.failed) == ["a+b"]
+    with pool() as given:
+        found = enumerate_transfers(dies, tasks(), executor=given, progress=silent)
+    assert "a+b" in found.failed
+    assert {error.partition(":")[0] for error in found.failed.values()} == {"BrokenProcessPool"}
+    with pool() as given:
+        found = enumerate_transfers(leaves, tasks(), executor=given, progress=silent)
+    assert found.failed == {"a+b": "SystemExit: 3"}
+
+
+def test_executors_that_all_break_end(tmp_path):
+    class Broken(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            raise BrokenExecutor("gone")
+
+    found = enumerate_transfers(train, tasks(), executor=lambda: Broken(1), progress=silent)
+    assert found.failed == dict.fromkeys(["a", "b", "c", "a+b", "a+c", "b+c"], "BrokenExecutor: gone")
+
+
+def test_a_whole_enumeration_that_is_killed_goes_on(tmp_path):
+    """By a signal that nothing can catch, from outside, in the midst of a training."""
+    script = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from test_relations import enumerate_transfers, silent, tasks, train
+
+def slow(names):
+    if names == ("a", "c"):
+        print("here", flush=True)
+        time.sleep(600)
+    return train(names)
+
+enumerate_transfers(slow, tasks(), cache=sys.argv[2], progress=silent)
+"""
+    here = str(Path(__file__).parent)
+    process = subprocess.Popen([sys.executable, "-c", script, here, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"here\n"
+    finally:
+        process.kill()
+        process.communicate()
+    more = []
+
+    def rest(names):
+        more.append(names)
+        return train(names)
+
+    found = enumerate_transfers(rest, tasks(), cache=tmp_path, progress=silent)
+    assert more == [("a", "c"), ("b", "c")]
+    np.testing.assert_allclose(found.improvement, expected())
 
 
 def test_a_cache_keeps_to_its_tasks_and_settings(tmp_path):
@@ -169,8 +288,15 @@ def test_a_cache_keeps_to_its_tasks_and_settings(tmp_path):
     (tmp_path / "0-1.json").write_text("{")
     with pytest.raises(ValueError, match=r"0-1.json is not JSON"):
         enumerate_transfers(train, tasks(), cache=tmp_path, settings=again, progress=silent)
+    for results in ({"a": {}}, {"a": [1]}, {"a": {"score": "x"}}, {"b": {"score": 1}}):
+        (tmp_path / "0-1.json").write_text(json.dumps({"names": ["a", "b"], "results": results}))
+        with pytest.raises(ValueError, match=r"0-1.json: expected a number or null for metric 'score' of task 'a'"):
+            enumerate_transfers(train, tasks(), cache=tmp_path, settings=again, progress=silent)
     (tmp_path / "0-1.json").write_text(json.dumps({"names": ["a", "c"], "results": {}}))
     with pytest.raises(ValueError, match=r"0-1.json is not the training of a, b; delete it"):
+        enumerate_transfers(train, tasks(), cache=tmp_path, settings=again, progress=silent)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match="holds trainings, but no settings"):
         enumerate_transfers(train, tasks(), cache=tmp_path, settings=again, progress=silent)
 
 
@@ -192,12 +318,29 @@ def test_relations_choose_the_transfers_of_a_method(tmp_path):
     path.write_text("[1]")
     with pytest.raises(ValueError, match="is not a JSON object"):
         Relations.load(path)
-    path.write_text('{"format": 1, "tasks": ["a", "b"], "improvement": [[null]]}')
-    with pytest.raises(ValueError, match=r"improvement is \[1, 1\] for 2 tasks"):
-        Relations.load(path)
+    for change, message in (
+        ({"improvement": [[None]]}, r"a row of improvement must be 2 numbers or null, found \[null\]"),
+        ({"improvement": [[None, 1]]}, "improvement has 1 rows for 2 tasks"),
+        ({"improvement": [1, 2]}, "a row of improvement must be 2 numbers or null, found 1"),
+        ({"improvement": [[None, "x"], [2, None]]}, "a row of improvement must be 2 numbers or null"),
+        ({"tasks": [1, 2]}, r"tasks must be two or more different names, found \[1, 2\]"),
+        ({"tasks": ["a", "a"]}, "tasks must be two or more different names"),
+        ({"failed": ["x"]}, "failed must map trainings to errors"),
+        ({"rows": [1]}, "rows must be a list of objects"),
+    ):
+        good = {"format": 1, "tasks": ["a", "b"], "improvement": [[None, 1], [2, None]]}
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match=f"relations.json: {message}"):
+            Relations.load(path)
+    path.write_text(json.dumps({"format": 1, "tasks": ["a", "b"], "improvement": [[None, None], [2, None]]}))
+    with pytest.raises(ValueError, match="it is not known whether 'a' helps 'b'"):
+        saal_e(tasks("ab"), relations=path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="does not hold enumerated relations"):
         Relations.load(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file of relations .*; `sidetask relations` writes one"):
+        saal_e(tasks(), relations=path)
 
 
 def test_bad_input_is_refused_before_anything_is_trained():
@@ -211,8 +354,11 @@ def test_bad_input_is_refused_before_anything_is_trained():
     ):
         with pytest.raises(ValueError, match=message):
             enumerate_transfers(never, some, progress=silent)
-    with pytest.raises(ValueError, match="gave no metric 'error' of task 'a'; of that task there is: score"):
-        enumerate_transfers(lambda names: {n: {"score": 1.0} for n in names}, tasks(), progress=silent)
+    with pytest.raises(ValueError, match="definition must be one of mean-of-tasks, one-metric, flat, not 'one_metric'"):
+        enumerate_transfers(never, tasks(), definition="one_metric", progress=silent)
+    unsaid = [Task(name, abs, metrics={"m": Metric(None)}) for name in "ab"]
+    with pytest.raises(ValueError, match="metric 'm' of task 'a' does not say whether higher is better"):
+        enumerate_transfers(never, unsaid, progress=silent)
 
 
 def head_on(names):

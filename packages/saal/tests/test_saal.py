@@ -40,7 +40,7 @@ def three():
     return [Task("a", squared), Task("b", squared), Task("c", squared, primary=False)]
 
 
-def normalized(omega, normalization, present):
+def normalized(omega, normalization, present, on=(True,) * 6):
     """Eq. 11, written out."""
     if normalization == "none":
         return omega * 1
@@ -51,7 +51,7 @@ def normalized(omega, normalization, present):
         total = 0
         for j, other in enumerate(NAMES):
             s, _, t = other.partition("→")
-            if ((t or s) if normalization == "target" else s) == mine and present[j]:
+            if ((t or s) if normalization == "target" else s) == mine and on[j]:
                 total = total + omega[j].abs()
         weights.append(omega[i] / total if present[i] else omega[i] * 0)
     return torch.stack(weights)
@@ -171,10 +171,13 @@ def test_tasks_without_labels_take_no_part(when):
         if i == 2:
             absent = [name for name, w in report.encoder_weights.items() if w == 0]
             assert absent == ["a", "a→b"]
-            assert report.encoder_weights["b→a"] == 1
+            used = before if when == "after" else step.encoder.weights
+            omega = dict(zip(NAMES, used.tolist(), strict=True))
+            expected = omega["b→a"] / (abs(omega["a"]) + abs(omega["b→a"]))
+            assert report.encoder_weights["b→a"].item() == pytest.approx(expected, rel=1e-12)
     kept = (step.encoder.weights == before).tolist()
-    # What is alone on its branch has weight one, whatever its coefficient.
-    assert kept == [True, False, True, True, True, False]
+    # What has no labels keeps its coefficient; c alone trains its branch and has weight one, whatever its coefficient.
+    assert kept == [True, False, True, False, True, False]
 
 
 def test_a_branch_without_transfers_keeps_weight_one_and_its_coefficient():
@@ -191,14 +194,40 @@ def test_a_branch_without_transfers_keeps_weight_one_and_its_coefficient():
 def test_shares_never_turn_round_or_exceed_their_group():
     tasks = [Task(name, squared) for name in NAMES]
     shares, everyone = Shares(tasks, "target"), torch.ones(6, dtype=torch.bool)
+    nobody = ~everyone
     omega = torch.tensor([1.0, 3.0, 0.0, -1 + 1e-12, 1.0, -4.0], dtype=torch.float64)
-    weights = shares(omega, everyone)
+    weights = shares(omega, everyone, everyone)
     close(weights, torch.tensor([0.5, 3 / 8, 0, -0.5, 1 / 8, -0.5], dtype=torch.float64), "shares", rtol=1e-6)
-    assert shares(torch.zeros(6, dtype=torch.float64), everyone).tolist() == [0] * 6
-    assert shares(omega, torch.zeros(6, dtype=torch.bool)).tolist() == [0] * 6
-    close(shares(omega * 7, everyone), weights, "shares of multiples")
-    by_source = Shares(tasks, "source")(omega.abs(), everyone)
+    assert shares(torch.zeros(6, dtype=torch.float64), everyone, everyone).tolist() == [0] * 6
+    assert shares(omega, nobody, everyone).tolist() == shares(omega, nobody, nobody).tolist() == [0] * 6
+    close(shares(omega * 7, everyone, everyone), weights, "shares of multiples")
+    by_source = Shares(tasks, "source")(omega.abs(), everyone, everyone)
     close(by_source[[0, 4]].sum(), torch.tensor(1.0, dtype=torch.float64), "all that a teaches")
+
+
+@pytest.mark.parametrize("factory", [saal_w, saal_ew])
+def test_coefficients_that_could_never_learn_are_refused(factory):
+    with pytest.raises(ValueError, match="init must not be 0: shares of nothing"):
+        factory(three(), transfers=["b->a"], init=0)
+    factory(three(), transfers=["b->a"], init=0, normalization="none")
+
+
+def test_coefficients_are_named():
+    rule = saal_w(three(), transfers=["b->a"], init=0.3).encoder
+    assert {name: w.item() for name, w in rule.named_weights().items()} == dict.fromkeys(["a", "b", "c", "b→a"], 0.3)
+
+
+def test_what_is_there_alone_is_not_made_large():
+    """A coefficient just below zero whose branch's own task has no labels would turn its gradient round."""
+    shares = Shares([Task(name, squared) for name in NAMES[:4]], "target")
+    omega = torch.tensor([0.5, 0.5, 0.5, -0.01], dtype=torch.float64)
+    on, without_a = torch.ones(4, dtype=torch.bool), torch.tensor([False, True, True, True])
+    assert shares(omega, without_a, on)[3].item() == pytest.approx(-0.01 / 0.51)
+    # Batches that have the labels of one task each add up to one that has all.
+    each = torch.eye(4, dtype=torch.bool)
+    close(sum(shares(omega, one, on) for one in each), shares(omega, ~(on & ~on), on), "one at a time")
+    # What is switched off is as if it did not exist.
+    assert shares(omega, ~each[3], ~each[3]).tolist() == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("normalization", ["target", "source", "none"])
@@ -206,7 +235,8 @@ def test_derivatives_through_shares(normalization):
     generator = torch.Generator().manual_seed(0)
     tasks = [Task(name, squared) for name in NAMES]
     shares = Shares(tasks, normalization)
-    for present in ([True] * 6, [True, False, True, True, True, False], [False, True, False, True, False, False]):
+    some, few = [True, False, True, True, True, False], [False, True, False, True, False, False]
+    for present, on in (([True] * 6, [True] * 6), (some, [True] * 6), (few, [True] * 6), (some, [*[True] * 5, False])):
         omega = torch.randn(6, generator=generator, dtype=torch.float64)
         slope = torch.randn(6, generator=generator, dtype=torch.float64)
         there = torch.tensor(present)
@@ -214,8 +244,10 @@ def test_derivatives_through_shares(normalization):
             expected = slope
         else:
             leaf = omega.clone().requires_grad_()
-            (expected,) = torch.autograd.grad(normalized(leaf, normalization, present) @ slope, leaf)
-        close(shares.pull_back(slope, omega, there), expected, "derivative", rtol=1e-12)
+            (full,) = torch.autograd.grad(normalized(leaf, normalization, present, on) @ slope, leaf)
+            expected = torch.where(there, full, 0.0)
+        found = shares.pull_back(slope, omega, there, torch.tensor(on))
+        close(found, expected, "derivative", rtol=1e-12)
 
 
 def test_coefficients_follow_tasks_by_name():

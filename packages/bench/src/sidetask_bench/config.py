@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,7 +145,10 @@ class Training:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: everything that decides its outcome. Stored as ``config.yaml`` in the run's folder."""
+    """One run: everything that decides its outcome. Stored as ``config.yaml`` in the run's folder.
+
+    `files` has the SHA-256 of each file that an option of the method names, by the option, once the run has begun.
+    """
 
     experiment: str
     row: str
@@ -154,6 +158,14 @@ class RunConfig:
     method: Any
     training: Training
     breakdown: Mapping[str, Breakdown] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def with_files(self) -> RunConfig:
+        """The same, with what the method's files hold now."""
+        options = document.flatten({"method": self.method}).items()
+        named = {key: Path(value) for key, value in options if isinstance(value, str) and Path(value).suffix}
+        found = {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in named.items() if path.is_file()}
+        return replace(self, files=found)
 
     @property
     def label(self) -> str:

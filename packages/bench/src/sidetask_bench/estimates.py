@@ -96,7 +96,8 @@ def estimate_relations(
     together, pairs = run_of(base, names), itertools.product(names, repeat=2)
     alone = {name: folder / run_of(base, [name]).label for name in names}
     runs: dict[Group, RunConfig] = {("together",): together, ("learned",): learned}
-    trained = {name for name, place in alone.items() if (place / "best.pt").exists()}
+    # One that failed may have left the network of an earlier epoch.
+    trained = {name for name, place in alone.items() if (place / "result.json").exists()}
     runs |= {(s, t): _on_frozen(base, s, t, alone[s]) for s, t in pairs if s in trained}
     done = Finished.train(runs, folder, dataset, experiment.dataset, jobs, overwrite, display)
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from sidetask_core import StepFailure
 
 from sidetask_bench import plots, storage
-from sidetask_bench.assemble import make_dataset, make_step
+from sidetask_bench.assemble import blaming, make_dataset, make_step
 from sidetask_bench.config import Experiment, Plugin, RunConfig
 from sidetask_bench.progress import Display
+from sidetask_bench.run import discard
 from sidetask_bench.schema import ExperimentError
 from sidetask_bench.workers import train_all
 
@@ -38,7 +39,9 @@ def enumerate_relations(
 
     Relations are read from the validation split, at each run's chosen epoch, for they are going to choose a method. The
     folder gets a run for each training, ``relations.json`` for the methods' option ``relations``, ``relations.csv`` and
-    ``relations.png``. Finished runs are kept and interrupted ones resumed.
+    ``relations.png``. Finished runs are kept and interrupted ones resumed. A run that fails, of whatever, is named in
+    the relations, and takes nothing from the others; the same call repeats it, as it does one that ended with metrics
+    of which no improvement follows.
 
     Args:
         experiment: its data set must take the option ``tasks``.
@@ -67,12 +70,26 @@ def enumerate_relations(
     runs = {group: run_of(base, group) for group in groups}
     for config in runs.values():
         make_step(config, make_dataset(config.dataset))
+    _discard_undefined(runs, folder)
     done = Finished.train(runs, folder, dataset, experiment.dataset, jobs, overwrite, display or Display())
     relations = enumerate_transfers(done, dataset.tasks, definition=definition_of(experiment), progress=lambda *_: None)
     relations.save(folder / "relations.json")
     storage.write_text(folder / "relations.csv", csv_text(relations.rows))
     plots.png([plots.relations_panel(relations.tasks, relations.improvement)], folder / "relations.png", columns=1)
     return relations
+
+
+def _discard_undefined(runs: Mapping[Group, RunConfig], folder: Path) -> None:
+    """Have those runs made again of which the enumeration before could not say what improves."""
+    from sidetask_saal import Relations
+
+    if not (folder / "relations.json").exists():
+        return
+    with blaming("relations of before", str(folder / "relations.json")):
+        before = Relations.load(folder / "relations.json")
+    for group, config in runs.items():
+        if "+".join(group) in before.failed and (folder / config.label / "result.json").exists():
+            discard(folder / config.label)
 
 
 Group = tuple[str, ...]
@@ -104,6 +121,7 @@ class Finished:
             at_once=jobs,
             overwrite=overwrite,
             display=display,
+            failures=Exception,
         )
         done = {config.row: outcome for config, outcome in outcomes}
         return cls({group: (places[config.row], done[config.row]) for group, config in runs.items()})
@@ -112,7 +130,7 @@ class Finished:
         """The metrics of every task of the run, at its chosen epoch.
 
         Raises:
-            StepFailure: if the run failed.
+            StepFailure: if the run failed, of whatever.
         """
         folder, outcome = self.runs[group]
         if "error" in outcome:

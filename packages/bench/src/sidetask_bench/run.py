@@ -3,8 +3,9 @@
 A run's folder holds
 
 - ``config.yaml``: what is run;
-- ``metrics.jsonl``: per epoch the mean training losses, validation metrics and score, learning rate, seconds, and the
-  weights that shapers name, such as those of classes;
+- ``metrics.jsonl``: per epoch the mean training losses, validation metrics and score, learning rate, seconds, the
+  weights that shapers name, such as those of classes, and the coefficients that rules name, such as those of which
+  weights are shares;
 - ``weights.jsonl``: per step the losses, the weights above (encoder) and below (decoder) the cut, and the norms of the
   gradients at it, if the method reads them;
 - ``checkpoint.pt``: everything the next step depends on; ``best.pt``: the network of the chosen epoch, without the
@@ -67,11 +68,12 @@ def train(
         What ``result.json`` says. On other processes than 0 of ``torchrun``, an empty mapping until the run is there.
 
     Raises:
-        ExperimentError: if the folder holds a run of another configuration (the message names what changed), or
-            the configuration asks for what does not exist.
+        ExperimentError: if the folder holds a run of another configuration (the message names what changed; another
+            content of a file that the method reads is another configuration), or the configuration asks for what does
+            not exist.
         NonFiniteLoss: if training diverged, naming task and iteration.
     """
-    folder, display = Path(folder), display or Display()
+    folder, display, config = Path(folder), display or Display(), config.with_files()
     main = parallel.rank() == 0
     with storage.locked(folder) if main else contextlib.nullcontext(), runtime.settings(config.training) as device:
         if main:
@@ -113,13 +115,18 @@ def load_run(folder: str | Path, dataset: Dataset | None = None) -> tuple[RunCon
     return config, dataset, model.eval()
 
 
+def discard(folder: Path) -> None:
+    """Remove what a run has written."""
+    # The checkpoint goes before the journals it refers to: a kill in between leaves a run that starts afresh.
+    for name in reversed(_FILES):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _prepare(folder: Path, config: RunConfig, overwrite: bool) -> None:
     """Make the folder this run's, or refuse to mix two runs."""
     path = folder / "config.yaml"
     if overwrite:
-        # The checkpoint goes before the journals it refers to: a kill in between leaves a run that starts afresh.
-        for name in reversed(_FILES):
-            (folder / name).unlink(missing_ok=True)
+        discard(folder)
     elif path.exists():
         changes = changed_keys(load_run_config(path), config)
         if changes:
@@ -212,6 +219,8 @@ class _Run:
             record = {"epoch": epoch, "losses": losses, "validation": validation, "score": value, "lr": rate}
             if shapers := trainer.named_weights():
                 record["shapers"] = shapers
+            if coefficients := trainer.named_coefficients():
+                record["coefficients"] = coefficients
             self.metrics.append({**record, "seconds": round(self.epoch_seconds, 3)})
         self.epoch_seconds = 0.0
         self._save()

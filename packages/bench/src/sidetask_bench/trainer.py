@@ -106,6 +106,14 @@ class Trainer:
         found = {n: shaper.named_weights() for n, shaper in self.step.shapers.items() if isinstance(shaper, Shaper)}
         return {name: {key: float(w) for key, w in weights.items()} for name, weights in found.items() if weights}
 
+    def named_coefficients(self) -> dict[str, dict[str, float]]:
+        """What the rules name besides the weights they give, by slot; one that fills both is the encoder's."""
+        slots = {"encoder": self.step.encoder, "decoder": self.step.decoder}
+        if self.step.decoder is self.step.encoder:
+            del slots["decoder"]
+        found = {slot: rule.named_weights() for slot, rule in slots.items() if rule is not None}
+        return {slot: {key: float(w) for key, w in weights.items()} for slot, weights in found.items() if weights}
+
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
         factor = learning_rate_factor(

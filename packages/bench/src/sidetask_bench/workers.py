@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from multiprocessing.connection import Connection
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -21,6 +21,7 @@ from sidetask_bench.assemble import make_dataset
 from sidetask_bench.config import Plugin, RunConfig
 from sidetask_bench.progress import Display
 from sidetask_bench.run import train
+from sidetask_bench.schema import ExperimentError
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
@@ -37,13 +38,20 @@ _display = Display()
 
 
 def train_all(
-    jobs: Sequence[Job], dataset: Dataset, plugin: Plugin, *, at_once: int, overwrite: bool, display: Display
+    jobs: Sequence[Job],
+    dataset: Dataset,
+    plugin: Plugin,
+    *,
+    at_once: int,
+    overwrite: bool,
+    display: Display,
+    failures: type[Exception] = StepFailure,
 ) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
     """Train every job in its folder; gives each run with its result, or with ``{"error": ...}`` if it failed.
 
-    Only a `sidetask_core.StepFailure` counts as that: a loss that is not finite, a solver that did not converge. Any
-    other error stops every run at once, as does the end of this process, however it comes; they go on from their
-    checkpoints.
+    By default only a `sidetask_core.StepFailure` counts as that: a loss that is not finite, a solver that did not
+    converge. Any other error stops every run at once, as does the end of this process, however it comes; they go on
+    from their checkpoints.
 
     Args:
         jobs: runs and folders.
@@ -53,12 +61,37 @@ def train_all(
             order they are ready. 1 trains here, in order.
         overwrite: start again, whatever the folders hold.
         display: shows progress, also of those in other processes.
+        failures: what counts as a run that failed. With `Exception` that is everything but an `ExperimentError`, also
+            the death of a worker: the runs that it breaks off go on in new processes, first one at a time, until the
+            one that kills is found.
     """
     at_once = min(at_once, len(jobs))
     if at_once <= 1:
         for config, folder in jobs:
-            yield config, _attempt(config, folder, overwrite, _data_of(config, dataset, plugin), display)
+            yield config, _attempt(config, folder, overwrite, _data_of(config, dataset, plugin), display, failures)
         return
+    left, one_by_one = list(jobs), False
+    while left:
+        broken: list[tuple[Job, BrokenExecutor]] = []
+        some = left[:1] if one_by_one else left[:]
+        for job, future in _side_by_side(some, plugin, at_once, overwrite, display, failures):
+            error = future.exception()
+            if isinstance(error, BrokenExecutor) and isinstance(error, failures):
+                broken.append((job, error))
+            else:
+                left.remove(job)
+                yield job[0], future.result()
+        if one_by_one:
+            for job, error in broken:
+                left.remove(job)
+                yield job[0], {"error": _named(error)}
+        one_by_one = bool(broken) != one_by_one
+
+
+def _side_by_side(
+    jobs: Sequence[Job], plugin: Plugin, at_once: int, overwrite: bool, display: Display, failures: type[Exception]
+) -> Iterator[tuple[Job, Future[dict[str, Any]]]]:
+    """Each job with its finished future, as they end."""
     threads = max(1, runtime.cores() // at_once)
     # Spawned, since neither CUDA nor OpenMP survives a fork.
     context = multiprocessing.get_context("spawn")
@@ -67,11 +100,11 @@ def train_all(
     events: Events = context.SimpleQueue()
     pool = ProcessPoolExecutor(at_once, context, _start, (plugin, threads, alive, events))
     try:
-        futures = {pool.submit(_attempt_there, config, folder, overwrite): config for config, folder in jobs}
+        futures = {pool.submit(_attempt_there, *job, overwrite, failures): job for job in jobs}
         with display:
             for future in _as_they_end(futures, events, display):
-                display.end(futures[future].label)
-                yield futures[future], future.result()
+                display.end(futures[future][0].label)
+                yield futures[future], future
     except BaseException:
         held.close()
         raise
@@ -108,11 +141,19 @@ class _Sender(Display):
         self.events.put(("finished", arguments))
 
 
-def _attempt(config: RunConfig, folder: Path, overwrite: bool, dataset: Dataset, display: Display) -> dict[str, Any]:
+def _attempt(
+    config: RunConfig, folder: Path, overwrite: bool, dataset: Dataset, display: Display, failures: type[Exception]
+) -> dict[str, Any]:
     try:
         return train(config, folder, dataset=dataset, overwrite=overwrite, display=display)
-    except StepFailure as error:
-        return {"error": str(error)}
+    except ExperimentError:
+        raise  # what was asked for is wrong, which is nothing that one run could fail at
+    except failures as error:
+        return {"error": _named(error)}
+
+
+def _named(error: Exception) -> str:
+    return str(error) if isinstance(error, StepFailure) else f"{type(error).__name__}: {error}"
 
 
 def _start(plugin: Plugin, threads: int, alive: Connection, events: Events) -> None:
@@ -128,10 +169,10 @@ def _exit_with_parent(alive: Connection) -> None:
     os._exit(1)
 
 
-def _attempt_there(config: RunConfig, folder: Path, overwrite: bool) -> dict[str, Any]:
+def _attempt_there(config: RunConfig, folder: Path, overwrite: bool, failures: type[Exception]) -> dict[str, Any]:
     assert _plugin is not None
     assert _dataset is not None
-    return _attempt(config, folder, overwrite, _data_of(config, _dataset, _plugin), _display)
+    return _attempt(config, folder, overwrite, _data_of(config, _dataset, _plugin), _display, failures)
 
 
 def _data_of(config: RunConfig, dataset: Dataset, plugin: Plugin) -> Dataset:

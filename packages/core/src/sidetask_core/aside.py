@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -67,6 +67,11 @@ def aside(
         if random is not None:
             random.restore(device)
         return compute(model)
+
+
+def unnoticed(module: nn.Module) -> AbstractContextManager[None]:
+    """Passes over `module` leave its buffers, BatchNorm statistics among them, as they were."""
+    return _other_tensors(module, {})
 
 
 @contextmanager

@@ -35,6 +35,10 @@ class Rule(nn.Module):
         """The scalar that trains this rule's own parameters with the user's optimizer; None without any."""
         return None
 
+    def named_weights(self) -> Mapping[str, Tensor]:
+        """What is worth a log besides the weights it gives, each a 0-dim tensor, by task; may be empty."""
+        return {}
+
     def get_extra_state(self) -> dict[str, Any]:
         """What is not a parameter or buffer: task names and the random generator."""
         return {"tasks": list(self.tasks), "generator": self.generator.get_state()}
@@ -128,6 +132,13 @@ class Augment(nn.Module):
     def forward(self, model: SplitModel, tasks: Sequence[Task]) -> SplitModel:
         """The model of the extended tasks; the given `tasks` keep their heads."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it makes of the model")
+
+    def check(self, method: Method) -> None:
+        """Raise ValueError for what the method has in other slots and does not go with this."""
+
+    def known_as(self, name: str) -> str:
+        """The name of an added task from another way of writing it; any other name as it is."""
+        return name
 
     def resting(self, iteration: int, epoch: int) -> Collection[str]:
         """The names of tasks that sit out this step, the same on all processes: they are not run, and are absent."""

@@ -7,6 +7,7 @@ anything above the cut is traversed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sidetask_core import parallel
-from sidetask_core.aside import RandomState, device_of
+from sidetask_core.aside import RandomState, device_of, unnoticed
 from sidetask_core.products import Noted, Product, can_be_noted
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task, _listed, masked_sum
@@ -194,8 +195,10 @@ class Passes:
     ) -> list[tuple[Any, RandomState, list[Product]]]:
         """What each task's head reads, and random state before and products of its branch, in the order of the tasks.
 
-        Every branch is computed once. The random state is `noted`, or that of the domain stands for it.
+        Every branch is computed once. The random state is `noted`, or that of the domain stands for it. Statistics of a
+        branch that primary tasks ride come from their inputs alone: it is with these that it is used after training.
         """
+        kept = {model.route[task.name] for task in tasks if task.primary}
         read: dict[int, tuple[Any, RandomState, list[Product]]] = {}
         routes = [model.route[tasks[t].name] for t in domain.tasks]
         for name in dict.fromkeys(routes):
@@ -206,7 +209,11 @@ class Passes:
             products: list[Product] = []
             if name is not None:
                 wanted = (several and None in self._noted) or any(tasks[t].name in self._noted for t in riders)
-                output, products = _with_products(model.branches[name], output, wanted)
+                guests = name in kept and not any(tasks[t].primary for t in riders)
+                # With all of them absent, nothing of it is wanted, nor any number that its dropout would draw.
+                if not guests or any(self.targets[t] is not None for t in riders):
+                    with unnoticed(model.branches[name]) if guests else contextlib.nullcontext():
+                        output, products = _with_products(model.branches[name], output, wanted)
             branch = None
             # A head that is not run needs no cut, so that a task which sits out changes no bit of what others do.
             if name is not None and several:

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from sidetask_core.method import Method
+from sidetask_core.method import Augment, Method
 from sidetask_core.task import MissingKey, Task, _listed, check_tasks
 from sidetask_core.uncertainty import FollowsUncertainty, Uncertain
 
@@ -69,7 +69,8 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
     Args:
         spec: ``"pcgrad"``; or ``{"name": "cagrad", **options}``; or slots, each given in one of these two
             forms: ``{"encoder": "autolambda", "decoder": "ial", "shapers": {"seg": "classwise"}}``. Tasks that
-            the augment adds are weighed by the other slots' rules like the given ones. What two slots give alike is
+            the augment adds are weighed by the other slots' rules like the given ones, and named there in any way that
+            the augment knows (`Augment.known_as`). What two slots give alike is
             built once, so that they share its rules and their state; and an encoder's rule that goes by an uncertainty
             goes by the decoder's if it has one (`FollowsUncertainty`).
         tasks: what the method is built for.
@@ -94,7 +95,8 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
         return _call(spec, tasks)
     slots: dict[str, Any] = {}
     built: list[_Built] = []
-    for slot, inner in sorted(spec.items(), key=lambda item: item[0] != "augment"):
+    for slot in sorted(spec, key=lambda slot: slot != "augment"):
+        inner = spec[slot]
         if slot not in SLOTS:
             raise TypeError(f"a method has no slot {slot!r}; {_hint(slot, SLOTS)}the slots are: {_listed(SLOTS)}")
         if slot == "shapers":
@@ -105,6 +107,9 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
             slots[slot] = _slot(slot, inner, tasks, built)
             if slot == "augment":
                 tasks = check_tasks(slots[slot].extended(tasks))
+                spec = _renamed(spec, slots[slot])
+                for one in built:
+                    one.spec = _renamed(one.spec, slots[slot])
     names = tuple(task.name for task in tasks)
     for slot in ("encoder", "decoder"):
         if slot in slots and slots[slot].tasks != names:
@@ -155,6 +160,15 @@ def _slot(slot: str, spec: Any, tasks: Sequence[Task], built: list[_Built], task
         where = f"shapers of task {task!r}" if task else slot
         raise MissingKey(f"method {spec!r} leaves the slot {where} empty")
     return filled
+
+
+def _renamed(spec: Any, augment: Augment) -> Any:
+    """What was given for the slots, with the names of added tasks as the augment writes them."""
+    if isinstance(spec, str):
+        return augment.known_as(spec)
+    if isinstance(spec, Mapping):
+        return {_renamed(key, augment): _renamed(value, augment) for key, value in spec.items()}
+    return [_renamed(value, augment) for value in spec] if isinstance(spec, list | tuple) else spec
 
 
 def _call(spec: Mapping[str, Any], tasks: Sequence[Task]) -> Method:

@@ -105,6 +105,8 @@ class Signals:
         losses: ``[T]`` masked means (after shapers), 0 for a task without a label.
         labelled: ``[T]`` booleans, False for a task without any label in this batch. Its loss and gradients are zero,
             which says nothing about the task: a rule should treat it as absent.
+        resting: ``[T]`` booleans, True for a task that the augment has switched off (`Augment.resting`), which is
+            absent, too.
         iteration: index of this step since training began.
         epoch: the epoch the training loop set on the step.
         part: the parameters whose gradients the rule weighs that is asked now: ``"shared"``, ``"specific"`` or
@@ -121,6 +123,7 @@ class Signals:
         recall: Recall,
         lookahead: Ahead | None = None,
         followed: bool = False,
+        resting: Collection[str] = (),
     ) -> None:
         self.tasks = tuple(task.name for task in tasks)
         self.primary = torch.tensor([task.primary for task in tasks])
@@ -136,6 +139,7 @@ class Signals:
         self._followed = followed
         self.part: Part = "all"
         self.labelled = passes.labelled
+        self.resting = torch.tensor([task.name in resting for task in tasks])
         losses = passes.losses
         self.losses = parallel.add(torch.stack([loss.detach().to(losses[0]) for loss in losses]))
 

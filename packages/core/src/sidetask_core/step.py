@@ -119,6 +119,7 @@ class Step(nn.Module):
         for task in tasks:
             model.check_head(task.name)
         if method.augment is not None:
+            method.augment.check(method)
             model, tasks = method.augment(model, tasks), check_tasks(method.augment.extended(tasks))
             for task in tasks:
                 model.check_head(task.name)
@@ -225,7 +226,7 @@ class Step(nn.Module):
                     self.model, self.tasks, passes, ambient, validation, optimizer, self._memory.noted
                 )
             followed = optimizer is not None
-            signals = Signals(self.tasks, passes, self.iteration, self.epoch, recall, lookahead, followed)
+            signals = Signals(self.tasks, passes, self.iteration, self.epoch, recall, lookahead, followed, resting)
             self._check_finite(signals.losses)
             try:
                 weights = self._weigh(signals)

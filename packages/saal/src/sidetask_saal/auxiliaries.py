@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeGuard
 
 import torch
-from sidetask_core import Augment, SplitModel, Task
+from sidetask_core import Augment, Method, SplitModel, Task
 from torch import nn
 
 ARROW = "→"
@@ -50,6 +50,8 @@ class SelfAuxiliaries(Augment):
     Tasks that ride one branch share the transfers to it; `route` says so, for tasks and rules are made before there is
     a model. Such a transfer is named by the first of its targets, and answers to the others' names too.
 
+    A shaper is one task's alone. Where the source has one, its copy needs one, too, for it is to learn the same.
+
     Args:
         tasks: the given tasks.
         transfers: their names, ``"s→t"`` or ``"s->t"``; ``"all"`` is every pair whose target is primary.
@@ -66,7 +68,8 @@ class SelfAuxiliaries(Augment):
 
     Raises:
         ValueError: for a transfer that is not one, is named twice, or goes from a task to itself or to another of the
-            same branch; for windows that are none; from the step, for a model without a branch of its own for a target,
+            same branch; for a schedule or windows that are none; from the step, for a shaper of a source and none of
+            its copy, or a rule of another route; for a model without a branch of its own for a target,
             or a head that cannot be made anew.
 
     >>> tasks = [Task("seg", loss=abs), Task("depth", loss=abs)]
@@ -114,7 +117,11 @@ class SelfAuxiliaries(Augment):
         self.transfers = tuple(chosen.values())
         self.seed = seed
         self.schedule_by = schedule_by
-        self.schedule = {self.named(name): _windows(name, given) for name, given in (schedule or {}).items()}
+        if not isinstance(schedule, Mapping | None):
+            raise ValueError(f"a schedule maps names of transfers to windows, not {schedule!r}")
+        scheduled = [(self.named(name), _windows(name, given)) for name, given in (schedule or {}).items()]
+        _check_once([name for name, _ in scheduled], "has two schedules")
+        self.schedule = dict(scheduled)
         self._off: set[str] = set()
 
     def named(self, name: str) -> str:
@@ -123,11 +130,34 @@ class SelfAuxiliaries(Augment):
         Raises:
             ValueError: if it is not among them.
         """
-        pair = ends(name)
-        found = None if pair is None else self._named.get(transfer(*pair))
-        if found is None:
+        found = self.known_as(name)
+        if found not in self.transfers:
             raise ValueError(f"there is no transfer {name!r}; the transfers are: {', '.join(self.transfers) or 'none'}")
         return found
+
+    def known_as(self, name: str) -> str:
+        """The name of a transfer among `transfers`, from any way of writing it; any other name as it is."""
+        pair = ends(name)
+        return name if pair is None else self._named.get(transfer(*pair), name)
+
+    def check(self, method: Method) -> None:
+        """Raise ValueError for a rule of another route, or a shaper of a task whose copy would learn without one."""
+        from sidetask_saal.shares import Shares
+
+        for rule in (method.encoder, method.decoder):
+            for part in () if rule is None else rule.modules():
+                if isinstance(part, Shares) and part.normalization == "target" and part.route != self.route:
+                    raise ValueError(
+                        f"the rule {type(rule).__name__} was made for branches {part.route}, the self-auxiliaries for "
+                        f"{self.route}; give both the same route"
+                    )
+        for name in self.transfers:
+            source = _source(name)
+            if source in method.shapers and name not in method.shapers:
+                raise ValueError(
+                    f"task {source!r} has a shaper, but its copy {name!r} would learn from the plain loss; give "
+                    f"{name!r} a shaper, too, or leave that transfer out"
+                )
 
     def switch(self, name: str, on: bool) -> None:
         """Switch a transfer off or on again, from the next step on. On, it still keeps to its schedule."""
@@ -289,10 +319,10 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
-def _check_once(names: Collection[str]) -> None:
+def _check_once(names: Collection[str], what: str = "is given twice") -> None:
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
-        raise ValueError(f"transfer {', '.join(twice)} is given twice")
+        raise ValueError(f"transfer {', '.join(twice)} {what}")
 
 
 def _windows(name: str, windows: Windows) -> list[tuple[int, int | None]]:

@@ -44,11 +44,16 @@ def lookahead_relations(
 
     Returns:
         ``[T, T]``, source by target, the diagonal included; NaN for a target whose loss was never above zero.
+
+    Raises:
+        ValueError: for no batch, or fewer of validation; if the tasks share no layer that learns.
     """
-    found = []
+    found: list[Tensor] = []
     probes = None if validation is None else iter(validation)
     for batch in batches:
-        probe = batch if probes is None else next(probes)
+        probe = batch if probes is None else next(probes, None)
+        if probe is None:
+            raise ValueError(f"validation ended after {len(found)} batches; there must be one for each to step on")
         here = _losses(model, tasks, probe, {})
         gradients = _gradients(model, tasks, batch)
         rows = []
@@ -112,11 +117,13 @@ class Frozen(nn.Module):
 
 
 def coefficient_relations(tasks: Sequence[str], coefficients: Mapping[str, float]) -> Matrix:
-    """Coefficients of transfers, learned by SAAL-w, as relations.
+    """What SAAL-w has learned of transfers as relations: their coefficients, or the weights that are shares of them.
 
     Args:
         tasks: the names of the T tasks.
-        coefficients: by names of tasks and transfers, as a step's report has them; the tasks' own are left out.
+        coefficients: by names of tasks and transfers, those of `LearnedTransfers.named_weights` or, normalised, of a
+            step's report. Of one target, with normalization ``"target"``, both have the same order. The tasks' own are
+            left out.
 
     Returns:
         ``[T, T]``, source by target; NaN for a transfer that there is not.

@@ -7,11 +7,11 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ Results = Mapping[str, Mapping[str, float]]
 Names = tuple[str, ...]
 Train = Callable[[Names], Results]
 Progress = Callable[[int, int, Names], None]
+Executors: TypeAlias = Executor | Callable[[], Executor]
 
 _FORMAT = 1
 
@@ -67,6 +68,9 @@ class Relations:
         if self.failed:
             what = "; ".join(f"{names}: {error}" for names, error in self.failed.items())
             raise ValueError(f"trainings failed ({what}); enumerate again, which repeats only these")
+        for (s, source), (t, target) in itertools.permutations(enumerate(self.tasks), 2):
+            if not math.isfinite(self.improvement[s, t]):
+                raise ValueError(f"it is not known whether {source!r} helps {target!r}; enumerate again")
         helps = self.transfers
         return [
             transfer(source, target)
@@ -86,23 +90,41 @@ class Relations:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: if the file is not of that kind.
+            FileNotFoundError: if there is none, saying what writes it.
+            ValueError: if the file is not of that kind, saying what is wrong with it.
         """
-        content = _read(Path(path))
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"there is no file of relations {path}; `sidetask relations` writes one, as does Relations.save"
+            )
+        content = _read(path)
         tasks, matrix = content.get("tasks"), content.get("improvement")
         if content.get("format") != _FORMAT or not isinstance(tasks, list) or not isinstance(matrix, list):
             raise ValueError(f"{path} does not hold enumerated relations")
+        if not all(isinstance(name, str) for name in tasks) or len({*tasks}) < max(2, len(tasks)):
+            raise ValueError(f"{path}: tasks must be two or more different names, found {json.dumps(tasks)}")
+        for row in matrix:
+            if not isinstance(row, list) or len(row) != len(tasks) or not all(_number(x) for x in row):
+                raise ValueError(
+                    f"{path}: a row of improvement must be {len(tasks)} numbers or null, found {json.dumps(row)}"
+                )
+        if len(matrix) != len(tasks):
+            raise ValueError(f"{path}: improvement has {len(matrix)} rows for {len(tasks)} tasks")
+        rows, failed = content.get("rows", []), content.get("failed", {})
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path}: rows must be a list of objects")
+        if not isinstance(failed, dict) or not all(isinstance(error, str) for error in failed.values()):
+            raise ValueError(f"{path}: failed must map trainings to errors, found {json.dumps(failed)}")
         values = np.array([[math.nan if x is None else x for x in row] for row in matrix], dtype=np.float64)
-        if values.shape != (len(tasks), len(tasks)):
-            raise ValueError(f"{path}: improvement is {list(values.shape)} for {len(tasks)} tasks")
-        return cls(tuple(tasks), values, content.get("rows", []), content.get("failed", {}))
+        return cls(tuple(tasks), values, rows, failed)
 
 
 def enumerate_transfers(
     train: Train,
     tasks: Iterable[Task],
     *,
-    executor: Executor | None = None,
+    executor: Executors | None = None,
     cache: str | os.PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     definition: Definition = "mean-of-tasks",
@@ -117,7 +139,10 @@ def enumerate_transfers(
         train: ``train(names)`` trains the tasks of these names together and gives their metrics,
             ``{task: {metric: value}}``. An executor of processes has to be able to import it by name.
         tasks: the tasks; their metrics say what counts and which way is better.
-        executor: where trainings run, any of `concurrent.futures`; one after the other in this process if None.
+        executor: where trainings run, any of `concurrent.futures`; one after the other in this process if None. Give a
+            function that makes one, ``lambda: ProcessPoolExecutor(4)``, where a worker may die (out of memory, say):
+            that breaks the executor, and another is made for what is left, first for one training at a time, until the
+            one that kills is found.
         cache: a folder that keeps the result of every finished training, so that the same call goes on after a kill
             with what is missing.
         settings: what else the results depend on (seed, epochs, ...), kept with the cache, which refuses other settings
@@ -128,12 +153,13 @@ def enumerate_transfers(
 
     Returns:
         The relations. A training that failed is named in their `failed` with its error, and takes nothing from the
-        others; it is not kept in the cache, so that the same call tries it again.
+        others: one that raised any exception, gave no such metrics, gave numbers of which no improvement follows (NaN,
+        or zero alone), or whose worker died; of an executor that was not made here and broke down, all that it had
+        left. The same call tries these again, and no others.
 
     Raises:
-        ValueError: for fewer than two tasks, a task without metrics, a cache of other tasks or settings, or a metric
-            that `train` did not give.
-        concurrent.futures.BrokenExecutor: if the executor broke down; what was finished is in the cache.
+        ValueError: before anything is trained, for fewer than two tasks, a task without metrics, a metric that does not
+            say which way is better, an unknown definition, or a cache of other tasks or settings.
 
     >>> class Accuracy: higher_is_better = True
     >>> tasks = [Task(name, loss=abs, metrics={"accuracy": Accuracy()}) for name in ("a", "b")]
@@ -144,12 +170,12 @@ def enumerate_transfers(
     >>> relations.chosen()
     ['a→b']
     """
-    tasks = _checked_tasks(tasks)
+    tasks = _checked_tasks(tasks, definition)
     names = tuple(task.name for task in tasks)
     groups: list[Names] = [(name,) for name in names] + list(itertools.combinations(names, 2))
-    trainings = {group: group for group in groups}
+    trainings, baselines = {group: group for group in groups}, {(name,) for name in names}
     folder = None if cache is None else _Cache(Path(cache), "pairs", tasks, settings or {})
-    done, failed = _train_all(train, trainings, tasks, executor, folder, progress)
+    done, failed = _train_all(train, trainings, baselines, tasks, executor, folder, definition, progress)
 
     def single(target: str) -> Names:
         return (target,)
@@ -164,7 +190,7 @@ def feature_relations(
     train: Train,
     tasks: Iterable[Task],
     *,
-    executor: Executor | None = None,
+    executor: Executors | None = None,
     cache: str | os.PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     definition: Definition = "mean-of-tasks",
@@ -192,21 +218,27 @@ def feature_relations(
     Raises:
         ValueError: as `enumerate_transfers`.
     """
-    tasks = _checked_tasks(tasks)
+    tasks = _checked_tasks(tasks, definition)
     trainings: dict[Names, Names] = {(s.name, t.name): (t.name,) for s, t in itertools.product(tasks, repeat=2)}
+    baselines: set[Names] = {(task.name, task.name) for task in tasks}
     folder = None if cache is None else _Cache(Path(cache), "features", tasks, settings or {})
-    done, failed = _train_all(train, trainings, tasks, executor, folder, progress)
+    done, failed = _train_all(train, trainings, baselines, tasks, executor, folder, definition, progress)
     return _relations(tasks, done, failed, lambda t: (t, t), lambda s, t: (s, t), definition)
 
 
-def _checked_tasks(tasks: Iterable[Task]) -> tuple[Task, ...]:
+def _checked_tasks(tasks: Iterable[Task], definition: Definition) -> tuple[Task, ...]:
     tasks = tuple(tasks)
     names = [task.name for task in tasks]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"relations are between two or more different tasks, not {', '.join(names) or 'none'}")
+    if definition not in get_args(Definition):
+        raise ValueError(f"definition must be one of {', '.join(get_args(Definition))}, not {definition!r}")
     for task in tasks:
         if not task.metrics:
             raise ValueError(f"task {task.name!r} has no metrics by which it could improve")
+        for name, metric in task.metrics.items():
+            if metric.higher_is_better is None:
+                raise ValueError(f"metric {name!r} of task {task.name!r} does not say whether higher is better")
         if ends(task.name) is not None:
             raise ValueError(f"task {task.name!r} has the name of a transfer")
     return tasks
@@ -215,9 +247,11 @@ def _checked_tasks(tasks: Iterable[Task]) -> tuple[Task, ...]:
 def _train_all(
     train: Train,
     trainings: Mapping[Names, Names],
+    baselines: Collection[Names],
     tasks: Sequence[Task],
-    executor: Executor | None,
+    executor: Executors | None,
     cache: _Cache | None,
+    definition: Definition,
     progress: Progress | None,
 ) -> tuple[dict[Names, Results], dict[Names, str]]:
     """The results of all trainings, and the errors of those that failed.
@@ -225,32 +259,57 @@ def _train_all(
     Args:
         train: the training.
         trainings: what it is given, and the tasks whose metrics it has to give.
+        baselines: those to which others are relative.
         tasks: say which metrics those are.
         executor: where.
         cache: what is done already.
+        definition: which metrics count.
         progress: as of `enumerate_transfers`.
     """
+    wanted = {group: [t for t in tasks if t.name in names] for group, names in trainings.items()}
+
+    def undefined(group: Names, results: Results) -> str | None:
+        return _undefined(results, wanted[group], group in baselines, definition)
+
     done: dict[Names, Results] = {}
     if cache is not None:
-        done = {group: found for group in trainings if (found := cache.get(group)) is not None}
+        kept = {group: cache.get(group, wanted[group]) for group in trainings}
+        # Numbers of which no improvement follows are as good as none.
+        done = {group: found for group, found in kept.items() if found is not None and not undefined(group, found)}
     missing = [group for group in trainings if group not in done]
     failed: dict[Names, str] = {}
     show, close = _shown(progress, len(trainings), len(done))
+    ended = len(done)
     try:
         for group, future in _run(train, missing, executor):
-            error = future.exception()
-            if isinstance(error, BrokenExecutor):
-                raise error
-            if error is None:
-                done[group] = _checked(future.result(), group, [t for t in tasks if t.name in trainings[group]])
+            try:
+                done[group] = _checked(future.result(), group, wanted[group])
+            except (KeyboardInterrupt, GeneratorExit):
+                raise
+            except BaseException as error:  # noqa: BLE001 (whatever it is, a process's SystemExit among them)
+                failed[group] = f"{type(error).__name__}: {error}"
+            else:
                 if cache is not None:
                     cache.put(group, done[group])
-            else:
-                failed[group] = f"{type(error).__name__}: {error}"
-            show(len(done) + len(failed), len(trainings), group)
+                if problem := undefined(group, done[group]):
+                    failed[group] = problem
+            ended += 1
+            show(ended, len(trainings), group)
     finally:
         close()
     return done, failed
+
+
+def _undefined(results: Results, tasks: Sequence[Task], baseline: bool, definition: Definition) -> str | None:
+    """Why no improvement follows of these results, if none does."""
+    for task in tasks:
+        for i, name in enumerate(task.metrics):
+            value = results[task.name][name]
+            if math.isnan(value) and not (definition == "one-metric" and i):
+                return f"metric {name!r} of task {task.name!r} is not a number"
+            if baseline and value == 0:
+                return f"metric {name!r} of task {task.name!r} is 0, and no improvement is relative to that"
+    return None
 
 
 def _relations(
@@ -269,13 +328,8 @@ def _relations(
         alone, pair = single_of(target.name), pair_of(source.name, target.name)
         single, paired = done.get(alone), done.get(pair)
         error = errors.get("+".join(pair)) or errors.get("+".join(alone))
-        if single is not None and paired is not None:
-            try:
-                matrix[s, t] = relative_improvement_by_task(paired, single, [target], definition)[target.name]
-            except ValueError as problem:  # a single training whose metric is zero
-                error = errors["+".join(alone)] = str(problem)
-            if error is None and math.isnan(matrix[s, t]):
-                error = errors["+".join(pair)] = f"the improvement of {target.name!r} is not a number"
+        if error is None and single is not None and paired is not None:
+            matrix[s, t] = relative_improvement_by_task(paired, single, [target], definition)[target.name]
         for metric, about in target.metrics.items():
             rows.append(
                 {
@@ -293,14 +347,45 @@ def _relations(
     return Relations(names, matrix, rows, errors)
 
 
-def _run(train: Train, groups: Sequence[Names], executor: Executor | None) -> Any:
+def _run(train: Train, groups: Sequence[Names], executor: Executors | None) -> Iterator[tuple[Names, Future[Results]]]:
     """Each group with its finished future, in the order they are ready."""
     if executor is None:
         for group in groups:
             yield group, _here(train, group)
         return
-    futures = {executor.submit(train, group): group for group in groups}
+    if isinstance(executor, Executor):
+        yield from _submitted(train, groups, executor)
+        return
+    left, one_by_one = list(groups), False
+    while left:
+        pool, broken = executor(), {}
+        try:
+            for group, future in _submitted(train, left[:1] if one_by_one else left[:], pool):
+                if not future.cancelled() and isinstance(future.exception(), BrokenExecutor):
+                    broken[group] = future
+                else:
+                    left.remove(group)
+                    yield group, future
+        finally:
+            pool.shutdown(cancel_futures=True)
+        # A worker that dies takes all that was under way with it: only what was alone is known to be the cause.
+        if one_by_one:
+            for group, future in broken.items():
+                left.remove(group)
+                yield group, future
+        one_by_one = bool(broken) != one_by_one
+
+
+def _submitted(train: Train, groups: Sequence[Names], executor: Executor) -> Iterator[tuple[Names, Future[Results]]]:
+    futures: dict[Future[Results], Names] = {}
     try:
+        for group in groups:
+            try:
+                futures[executor.submit(train, group)] = group
+            except BrokenExecutor as error:
+                future: Future[Results] = Future()
+                future.set_exception(error)
+                futures[future] = group
         for future in as_completed(futures):
             yield futures[future], future
     finally:
@@ -328,7 +413,12 @@ def _checked(results: Any, group: Names, tasks: Sequence[Task]) -> dict[str, dic
                 raise ValueError(
                     f"train({group}) gave no metric {metric!r} of task {task.name!r}; of that task there is: {have}"
                 )
-            value = float(given[metric])
+            try:
+                value = float(given[metric])
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"train({group}) gave {given[metric]!r} for metric {metric!r} of task {task.name!r}, not a number"
+                ) from error
             found.setdefault(task.name, {})[metric] = value if math.isfinite(value) else math.nan
     return found
 
@@ -367,22 +457,33 @@ class _Cache:
                     f"{json.dumps(ours[key])}; take another folder"
                 )
         else:
+            if folder.is_dir() and any(folder.glob("[0-9]*.json")):
+                raise ValueError(
+                    f"{folder} holds trainings, but no settings.json that says of what; take another folder"
+                )
             folder.mkdir(parents=True, exist_ok=True)
             _write(path, ours)
 
-    def get(self, group: Names) -> dict[str, dict[str, float]] | None:
-        """The result of a training, None if there is none."""
+    def get(self, group: Names, tasks: Sequence[Task]) -> dict[str, dict[str, float]] | None:
+        """The result of a training of which the metrics of `tasks` are wanted, None if there is none."""
         path = self._path(group)
         if not path.exists():
             return None
         content = _read(path)
-        if content.get("names") != list(group) or not isinstance(content.get("results"), dict):
+        results = content.get("results")
+        if content.get("names") != list(group) or not isinstance(results, dict):
             raise ValueError(f"{path} is not the training of {', '.join(group)}; delete it to train again")
-        results = content["results"]
-        return {
-            name: {metric: math.nan if value is None else value for metric, value in metrics.items()}
-            for name, metrics in results.items()
-        }
+        found: dict[str, dict[str, float]] = {}
+        for task in tasks:
+            given = results.get(task.name)
+            for metric in task.metrics:
+                if not isinstance(given, dict) or metric not in given or not _number(given[metric]):
+                    raise ValueError(
+                        f"{path}: expected a number or null for metric {metric!r} of task {task.name!r}, found "
+                        f"{json.dumps(given)}; delete it to train again"
+                    )
+                found.setdefault(task.name, {})[metric] = math.nan if given[metric] is None else given[metric]
+        return found
 
     def put(self, group: Names, results: Results) -> None:
         """Keep the result of a training."""
@@ -396,6 +497,11 @@ class _Cache:
         return self.folder / f"{'-'.join(str(self.names.index(name)) for name in group)}.json"
 
 
+def _number(value: Any) -> bool:
+    """Whether it is what JSON says of a number that may be unknown."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
 def _plain(value: float) -> float | None:
     """As JSON can say it."""
     return None if math.isnan(value) else float(value)
@@ -404,7 +510,7 @@ def _plain(value: float) -> float | None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")

@@ -36,8 +36,8 @@ class ChosenTransfers(Weighting):
 
     def forward(self, signals: Signals) -> Tensor:
         """The weights ``[T]``."""
-        present = signals.labelled.to(self.shares.given.device, non_blocking=True)
-        return self.shares(torch.ones_like(self.shares.given), present).to(signals.losses)
+        ones = torch.ones_like(self.shares.given)
+        return self.shares(ones, *_there(signals, ones.device)).to(signals.losses)
 
 
 class LearnedTransfers(BilevelWeighting):
@@ -52,7 +52,7 @@ class LearnedTransfers(BilevelWeighting):
     Args:
         tasks: the given tasks and the transfers between them, as `SelfAuxiliaries.extended` says them.
         lr: Adam's step size; 1e-4 (the paper).
-        init: first value of every ω; 0.1 (the paper).
+        init: first value of every ω; 0.1 (the paper). Not 0, unless normalization is ``"none"``.
         when: ``"before"`` (the paper), ``"after"`` or ``"online"``.
         every: ω learns in each n-th step; 1 (the paper).
         mode: how `Signals.lookahead` differentiates.
@@ -64,6 +64,7 @@ class LearnedTransfers(BilevelWeighting):
     """
 
     present: Tensor
+    on: Tensor
 
     def __init__(
         self,
@@ -78,10 +79,13 @@ class LearnedTransfers(BilevelWeighting):
         route: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(tasks, lr=lr, init=init, when=when, every=every, mode=mode)
+        if init == 0 and normalization != "none":
+            raise ValueError("init must not be 0: shares of nothing have no derivative, and nothing would ever learn")
         self.shares = Shares(tasks, normalization, route)
         # Hindsight is about the step before, in which other tasks may have been there.
         self.register_buffer("present", torch.zeros(len(self.tasks), dtype=torch.bool))
-        self.by_task |= {"present": False}
+        self.register_buffer("on", torch.zeros(len(self.tasks), dtype=torch.bool))
+        self.by_task |= {"present": False, "on": False}
         self.options = {
             "lr": lr,
             "init": init,
@@ -94,12 +98,16 @@ class LearnedTransfers(BilevelWeighting):
 
     def applied(self, signals: Signals) -> Tensor:
         """The normalised coefficients ``[T]``."""
-        self.present = signals.labelled.to(self.weights.device, non_blocking=True)
-        return self.shares(self.weights, self.present).to(signals.losses)
+        self.present, self.on = _there(signals, self.weights.device)
+        return self.shares(self.weights, self.present, self.on).to(signals.losses)
+
+    def named_weights(self) -> Mapping[str, Tensor]:
+        """The coefficients ω, of which the step's weights are shares."""
+        return dict(zip(self.tasks, self.weights.clone().unbind(), strict=True))
 
     def moved(self, derivative: Tensor) -> Tensor:
         """ω after Adam's step ``[T]``."""
-        return super().moved(self.shares.pull_back(derivative, self.weights, self.present))
+        return super().moved(self.shares.pull_back(derivative, self.weights, self.present, self.on))
 
 
 def saal_e(
@@ -196,6 +204,11 @@ def saal_ew(
         schedule_by=schedule_by,
         seed=seed,
     )
+
+
+def _there(signals: Signals, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which tasks have labels, and which are not switched off, ``[T]`` each."""
+    return signals.labelled.to(device, non_blocking=True), (~signals.resting).to(device, non_blocking=True)
 
 
 def _chosen(

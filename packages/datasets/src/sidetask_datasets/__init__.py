@@ -8,6 +8,7 @@ from sidetask_datasets.cifar100_domains import cifar100_domains
 from sidetask_datasets.cityscapes import cityscapes
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset
+from sidetask_datasets.describe import describe, sheet
 from sidetask_datasets.digits import digits
 from sidetask_datasets.files import DataError, DataErrors
 from sidetask_datasets.frames import frames
@@ -39,6 +40,7 @@ __all__ = [
     "celeba",
     "cifar100_domains",
     "cityscapes",
+    "describe",
     "digits",
     "fingerprint",
     "frames",
@@ -50,6 +52,7 @@ __all__ = [
     "pseudo_label",
     "rlbench",
     "scenes",
+    "sheet",
     "thresholded",
     "virtual_kitti",
     "with_noise",

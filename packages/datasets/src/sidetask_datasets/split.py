@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import tee
 
 import torch
 from sidetask_core import Batch
@@ -254,6 +255,69 @@ class ResidentSplit(Split):
             self._drawn = asked, draws.uniform(asked[0], everything, self.augmentation.draws)
         height, width = self.inputs.data.shape[-2:]
         return self.augmentation.motion(self._drawn[1].index_select(0, ids), (height, width))
+
+
+class DerivedSplit(Split):
+    """A split whose batches are those of another, changed.
+
+    Args:
+        split: the other.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    @abstractmethod
+    def derive(self, split: Split) -> DerivedSplit:
+        """What this is of its split, of another one."""
+
+    @abstractmethod
+    def change(self, batch: Batch, ids: Tensor, epoch: int) -> Batch:
+        """A batch of the split, of the samples `ids`, as it is to be."""
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches appear."""
+        return self.split.device
+
+    @property
+    def nbytes(self) -> int:
+        """Those of the split, for what changes is made as it is needed."""
+        return self.split.nbytes
+
+    def to(self, device: torch.device | str, memory: int | None = None) -> DerivedSplit:
+        """The same of the split on `device`, see `Split.to`."""
+        return self.derive(self.split.to(device, memory))
+
+    def order(self, *, seed: int, epoch: int, shuffle: bool) -> Tensor:
+        """That of the split."""
+        return self.split.order(seed=seed, epoch=epoch, shuffle=shuffle)
+
+    def identify(self, ids: Tensor, epoch: int) -> Tensor:
+        """What tells the samples of the split apart."""
+        return self.split.identify(ids, epoch)
+
+    def with_targets(self, targets: Mapping[str, Column]) -> DerivedSplit:
+        """The same of the split with further targets."""
+        return self.derive(self.split.with_targets(targets))
+
+    def checksum(self) -> int:
+        """That of the split."""
+        return self.split.checksum()
+
+    def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
+        """The samples `ids` of the split, changed."""
+        return self.change(self.split.make(ids, seed=seed, epoch=epoch, augment=augment), ids, epoch)
+
+    def deal(self, shares: Iterable[Tensor], *, seed: int, epoch: int, augment: bool) -> Iterator[Batch]:
+        """The batches that the split deals, changed."""
+        given, taken = tee(shares)
+        batches = self.split.deal(given, seed=seed, epoch=epoch, augment=augment)
+        for ids, batch in zip(taken, batches, strict=True):
+            yield self.change(batch, ids, epoch)
 
 
 def _read(column: Column, data: Tensor, ids: Tensor | None, motion: Motion | None) -> Tensor:

@@ -31,7 +31,7 @@ Group = dict[str, Any]
 
 # Work in forward passes: of a backward pass, and of a derivative along a direction.
 _BACKWARD = 2
-_DERIVATIVE: dict[Mode, int] = {"exact": 3, "difference": 2, "one-sided": 1}
+_DERIVATIVE: dict[Mode, int] = {"exact": 2, "difference": 2, "one-sided": 1}
 # Backward for the direction and for the step, and the exact derivative in the next step.
 HINDSIGHT = 2 * _BACKWARD + _DERIVATIVE["exact"]
 

@@ -8,7 +8,7 @@ import torch
 from sidetask_core import Batch, Method, Shaper, SplitModel, Step, Task, Weighting, passes, products
 from sidetask_core.testing import close
 from torch import nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -303,7 +303,7 @@ class Compiled(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.inner = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.compiled = torch.compile(self.inside, backend="eager")
+        self.compiled = torch.compile(self.inside, backend="aot_eager")
 
     def inside(self, x):
         return functional.linear(x, self.inner.weight, self.inner.bias).tanh()
@@ -346,7 +346,7 @@ def test_values_of_another_layer_are_never_taken(encoder, way, monkeypatch):
 @looks_at_grad
 def test_a_function_is_compiled_once_with_and_once_without_a_look():
     torch.compiler.reset()
-    counter = CompileCounter()
+    counter = CompileCounterWithBackend("aot_eager")
     torch.manual_seed(0)
     encoder = Compiled()
     encoder.compiled = torch.compile(encoder.inside, backend=counter)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from sidetask_bench import ExperimentError, compare, load_experiment, report, train
 from sidetask_bench.assemble import make_dataset
-from sidetask_bench.breakdown import Breakdown, by_class
+from sidetask_bench.breakdown import Breakdown, _class_of, by_class
 from sidetask_bench.config import Plugin
 from sidetask_bench.records import by_class as read_by_class
 from sidetask_bench.records import load, shaper_weights
 from sidetask_bench.run import load_run
-from sidetask_core import SplitModel
+from sidetask_core import SplitModel, Task
 from torch import nn
 
 OPTIONS = {"size": [12, 16], "train": 8, "validation": 4, "test": 6, "tasks": ["depth", "segmentation", "normals"]}
@@ -79,6 +79,12 @@ def test_a_continuous_label_is_cut_at_its_edges():
         ]
         assert found[name] == pytest.approx(np.mean(shares), rel=1e-6)
     assert right.any()
+
+
+def test_no_bin_holds_what_is_no_number():
+    task = Task("depth", lambda p, y: (p - y).abs())
+    labels = torch.tensor([0.5, math.nan, 3.0, math.inf])
+    assert _class_of(task, labels, (1.0, 2.0)).tolist() == [0, -1, 2, 2]
 
 
 @pytest.mark.parametrize(

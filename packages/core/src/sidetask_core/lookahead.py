@@ -29,8 +29,8 @@ from sidetask_core.task import Batch, Task
 
 Group = dict[str, Any]
 
-# Work in forward passes: of a backward pass, and of a derivative along a direction. The exact one is another in the first
-# look, where no values are there, and counted as in all others, so that a resumed run goes the same way.
+# Work in forward passes: of a backward pass, and of a derivative along a direction. A first look, where no values are
+# there, takes one more than the exact one here, but a resumed run has to go the same way as one that was not.
 _BACKWARD = 2
 _DERIVATIVE: dict[Mode, int] = {"exact": 2, "difference": 2, "one-sided": 1}
 # Backward for the direction and for the step, and the exact derivative in the next step.

@@ -1,5 +1,6 @@
 """A task's metric class by class of another's labels, against a loop over points; weights of classes in the records."""
 
+import csv
 import json
 import math
 
@@ -130,6 +131,20 @@ def test_a_run_records_it_and_a_report_shows_it(tmp_path):
             _, dataset, net = load_run(folder)
             again = by_class(net, dataset, experiment.breakdown, dataset.test, 4)["depth"]["classes"]
             np.testing.assert_allclose(found.values[row][seed], [again[name] for name in found.classes], rtol=1e-5)
+    # Table and CSV have the means over the seeds, class by class.
+    lines = (tmp_path / "c" / "table.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("## depth absolute ↓ by class of segmentation")
+    assert lines[start + 2] == "| segmentation | single | equal |"
+    assert [line.split(" | ")[0][2:] for line in lines[start + 4 :] if line] == found.classes
+    for c, line in enumerate(lines[start + 4 : start + 4 + len(found.classes)]):
+        for cell, row in zip(line.strip("| ").split(" | ")[1:], ("single", "equal"), strict=True):
+            mean, std = map(float, cell.split(" ± "))
+            values = found.values[row][:, c]
+            np.testing.assert_allclose([mean, std], [values.mean(), values.std(ddof=1)], atol=1e-3)
+    scattered = list(csv.DictReader((tmp_path / "c" / "table.csv").read_text(encoding="utf-8").splitlines()))
+    name = f"absolute, segmentation: {found.classes[0]}"
+    (one,) = [float(line["mean"]) for line in scattered if line["row"] == "equal" and line["metric"] == name]
+    assert one == pytest.approx(found.values["equal"][:, 0].mean())
     curves = shaper_weights(comparison)
     assert curves["single"] == {}
     assert curves["equal"]["segmentation"]["floor"].mean.tolist() == [1.0, 2.0]

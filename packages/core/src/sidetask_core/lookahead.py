@@ -22,14 +22,15 @@ from sidetask_core import parallel
 from sidetask_core.aside import RandomState, aside, device_of
 from sidetask_core.combine import Weights, combine
 from sidetask_core.passes import Cut, Passes, losses_of
-from sidetask_core.products import Product, Reused
+from sidetask_core.products import Product, Reused, named
 from sidetask_core.signals import ElementSlopes, Mode, Part
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task
 
 Group = dict[str, Any]
 
-# Work in forward passes: of a backward pass, and of a derivative along a direction.
+# Work in forward passes: of a backward pass, and of a derivative along a direction. A first look, where no values are
+# there, takes one more than the exact one here, but a resumed run has to go the same way as one that was not.
 _BACKWARD = 2
 _DERIVATIVE: dict[Mode, int] = {"exact": 2, "difference": 2, "one-sided": 1}
 # Backward for the direction and for the step, and the exact derivative in the next step.
@@ -192,7 +193,7 @@ class Trail:
                     place = _place(branch.name, branch.random, branch.riders, branch.cut, found)
                     places.append(replace(place, products=branch.products))
                     above |= {names[id(p)]: p.detach() for p in branch.parameters}
-            encoded.append(Encoded(domain.input, domain.random, places, domain.products))
+            encoded.append(Encoded(domain.for_another_run(), domain.random, places, domain.products))
             for t in domain.tasks:
                 pairs = list(zip(passes.own[t], passes.head(t, keep=True)[0], strict=True))
                 branch_of = passes.branch_of[t]
@@ -266,14 +267,15 @@ class Trail:
 
         def at_places(moved: Mapping[str, Tensor]) -> list[Tensor]:
             def compute(model: SplitModel) -> list[Tensor]:
-                found = []
-                with Reused(one.products if exact else []):
+                found, names = [], named(model)
+                with Reused(one.products if exact else [], names) as above:
                     features = model.encode(one.input)
+                same = above.same
                 for place in places:
                     output = features
                     if place.branch is not None:
                         place.random.restore(device_of(model))
-                        with Reused(place.products if exact else []):
+                        with Reused(place.products if exact and same else [], names):
                             output = model.branches[place.branch](features)
                     tensors, _ = tree_flatten(output)
                     found += [tensors[i] for i in place.cut]
@@ -324,7 +326,8 @@ class Rerun:
         losses, masks = zip(*elements, strict=True)
         random = (domain.random, *passes.random[t])
         products = (domain.products, *passes.products[t])
-        return cls(domain.input, passes.targets[t], random, [*losses], [*masks], parameters, ambient, products)
+        again = domain.for_another_run()
+        return cls(again, passes.targets[t], random, [*losses], [*masks], parameters, ambient, products)
 
     def slopes(self, model: SplitModel, task: Task, along: Mapping[str, Tensor], mode: Mode) -> list[ElementSlopes]:
         """−⟨direction, ∇d_i⟩ of every element loss d_i of each objective, from one pass of encoder, branch and head."""
@@ -334,15 +337,17 @@ class Rerun:
 
         def elements(moved: Mapping[str, Tensor]) -> list[Tensor]:
             def compute(model: SplitModel) -> list[Tensor]:
-                device, branch = device_of(model), model.route[task.name]
-                with Reused(of_encoder):
+                device, branch, names = device_of(model), model.route[task.name], named(model)
+                with Reused(of_encoder, names) as part:
                     read = model.encode(self.input)
+                same = part.same
                 self.random[1].restore(device)
                 if branch is not None:
-                    with Reused(of_branch):
+                    with Reused(of_branch if same else [], names) as part:
                         read = model.branches[branch](read)
+                    same &= part.same
                 self.random[2].restore(device)
-                with Reused(of_head):
+                with Reused(of_head if same else [], names):
                     prediction = model.heads[task.name](read)
                 return [losses for losses, _ in task.elements(prediction, self.target)]
 

@@ -78,6 +78,8 @@ class Memory:
 
     def keep_batch(self, batch: Batch, passes: Passes, losses: Tensor) -> None:
         """Keep what progress will need."""
+        for domain in passes.domains:
+            domain.for_another_run()
         inputs, targets = tree_map_only(Tensor, torch.clone, (batch.inputs, dict(batch.targets)))
         kept = Batch(inputs, targets, batch.without)
         self.past = Past(kept, losses.clone(), passes.labelled, passes.domains[0].random)

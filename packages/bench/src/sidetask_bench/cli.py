@@ -275,6 +275,26 @@ def _leave_out(failed: Mapping[str, str]) -> None:
         raise typer.Exit(1)
 
 
+@app.command("control")
+@_reported
+def control_weights(
+    experiment: Source,
+    row: Annotated[str, typer.Option(help="Whose weights learn.")],
+    of: Annotated[str, typer.Option(help="Whose trained networks stand still under them.")],
+    assignments: Assignments = None,
+    folder: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Let a row's weights learn where they cannot matter, on networks that do not change: what is left is chance."""
+    from sidetask_bench.control import control, table
+
+    loaded = load_experiment(experiment, assignments or ())
+    folder = folder or runs / loaded.name
+    console = _console()
+    console.print(table(control(loaded, folder, row=row, of=of)))
+    console.print(f"weights: {folder / f'control-{row}.json'}", soft_wrap=True, markup=False, highlight=False)
+
+
 @app.command("watch")
 @_reported
 def watch_runs(

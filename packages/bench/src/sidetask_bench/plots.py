@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -226,6 +227,12 @@ def _trade_off(
                 spread = [values.std(ddof=1) for values in points[row]]
                 ax.errorbar(x, y, yerr=spread[1], xerr=spread[0], color=colour, linewidth=0.8, alpha=0.5)
         ax.plot(*means.T, marker=marker, color=colour, markersize=5.5, linewidth=1.2 if len(rows) > 1 else 0)
+        # Rows of a front by what sets them apart, a number often.
+        alike = len(os.path.commonprefix(rows)) if len(rows) > 1 else None  # noqa: RUF071 (letters are wanted)
+        for row, point in zip(rows if alike is not None else [], means, strict=False):
+            ax.annotate(
+                _short(row[alike:]), point, (4, 4), textcoords="offset points", color=colour, fontsize=8, weight="bold"
+            )
         # A front is named at the end that is nearer to the names.
         end = max(means, key=lambda point: -point[0] if ax.xaxis.get_inverted() else point[0])
         ends.append((name, float(end[0]), float(end[1]), colour))

@@ -145,12 +145,14 @@ class Encoded:
 
     Attributes:
         input: what was encoded.
+        readers: the tasks that read it, by name.
         random: the random state before.
         places: where their gradients are known, each task's at one of them.
         products: those of the encoder that were noted; without them all are computed once more.
     """
 
     input: Any
+    readers: tuple[str, ...]
     random: RandomState
     places: list[Place]
     products: list[Product] = field(default_factory=list)
@@ -192,7 +194,7 @@ class Trail:
                     place = _place(branch.name, branch.random, branch.riders, branch.cut, found)
                     places.append(replace(place, products=branch.products))
                     above |= {names[id(p)]: p.detach() for p in branch.parameters}
-            encoded.append(Encoded(domain.input, domain.random, places, domain.products))
+            encoded.append(Encoded(domain.input, domain.readers, domain.random, places, domain.products))
             for t in domain.tasks:
                 pairs = list(zip(passes.own[t], passes.head(t, keep=True)[0], strict=True))
                 branch_of = passes.branch_of[t]
@@ -268,7 +270,7 @@ class Trail:
             def compute(model: SplitModel) -> list[Tensor]:
                 found = []
                 with Reused(one.products if exact else []):
-                    features = model.encode(one.input)
+                    features = model.encode(one.input, one.readers)
                 for place in places:
                     output = features
                     if place.branch is not None:
@@ -336,7 +338,7 @@ class Rerun:
             def compute(model: SplitModel) -> list[Tensor]:
                 device, branch = device_of(model), model.route[task.name]
                 with Reused(of_encoder):
-                    read = model.encode(self.input)
+                    read = model.encode(self.input, [task.name])
                 self.random[1].restore(device)
                 if branch is not None:
                     with Reused(of_branch):

@@ -23,7 +23,7 @@ from sidetask_bench.prepare import prepare as decode
 from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_bench.run import train as run_training
 from sidetask_bench.runtime import cores, processes
-from sidetask_bench.schema import ExperimentError
+from sidetask_bench.schema import ExperimentError, plain
 
 app = typer.Typer(
     help="Train and compare multi-task and auxiliary-learning methods.",
@@ -122,14 +122,21 @@ def paper_table(
     jobs: Jobs = 1,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run a paper's table, or go on with it, and print it beside the paper's figures, each size in its own columns."""
+    """Run a paper's table, or go on with it, and print it beside the paper's figures, each size in its own columns.
+
+    Relations that its rows read from its own folder are enumerated first, if they are not there.
+    """
     from sidetask_bench import papers
 
     sizes = papers.sizes(experiment, assignments or ())
-    chosen = sizes[-1 if small else 0]
+    chosen = sizes[-1 if small or Path(experiment).stem.endswith(papers.SMALL) else 0]
     words = ["sidetask", "table", experiment, *(word for each in assignments or () for word in ("--set", each))]
     command = shlex.join([*words, "--small"] if small else words)
     console = _console()
+    if papers.needs_relations(chosen, runs):
+        from sidetask_bench.relations import enumerate_relations  # here, because matplotlib is slow to import
+
+        enumerate_relations(chosen, runs / chosen.name / "relations", jobs=jobs, display=_display(console))
     failed = _compare(chosen, runs / chosen.name, jobs, overwrite, command, console)
     if parallel.rank() == 0:
         table = papers.Table.of(sizes, runs)
@@ -300,6 +307,13 @@ def rewrite_report(folder: Annotated[Path, typer.Argument(help="Of a comparison.
     if not (folder / "comparison.json").is_file():
         raise ExperimentError(f"{folder} has no comparison.json; sidetask compare writes it")
     _say_report(folder, _console())
+
+
+@app.command("show")
+@_reported
+def show_experiment(experiment: Source, assignments: Assignments = None) -> None:
+    """Print an experiment whole, with what it extends, the overrides, and the defaults."""
+    typer.echo(document.dump(plain(load_experiment(experiment, assignments or ()))), nl=False)
 
 
 @app.command("list")

@@ -278,7 +278,10 @@ class Experiment:
         options = {key: value for key, value in self.dataset.options.items() if key not in ("root", "cache")}
         data = ", ".join(f"{key} {_short(value)}" for key, value in options.items())
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
-        return f"{self.dataset.name} ({data}), {self.network.name}, {self.training.epochs} epochs, {seeds}"
+        net = ", ".join(f"{key} {_short(value)}" for key, value in self.network.options.items() if key != "weights")
+        network = f"{self.network.name} ({net})" if net else self.network.name
+        named = f"{self.dataset.name} ({data})" if data else self.dataset.name
+        return f"{named}, {network}, {self.training.epochs} epochs, {seeds}"
 
     def run(self, row: str | None, seed: int) -> RunConfig:
         """The run of one row and seed; row None (or ``base``) is the experiment without any row's changes.
@@ -359,7 +362,11 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return "×".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, Mapping):
+        return str(value["name"]) if "name" in value else " and ".join(value)
+    if isinstance(value, list | tuple):
+        return (" and " if all(isinstance(item, str) for item in value) else "×").join(map(str, value))
+    return str(value)
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:

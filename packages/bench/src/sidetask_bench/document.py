@@ -110,13 +110,13 @@ def read(source: str | Path) -> dict[str, Any]:
 
 
 def lay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """One experiment over another: each key is merged (`merge`), but the figures of a paper belong together.
+    """One experiment over another: each key is merged (`merge`); a breakdown, fronts and a paper are replaced.
 
     >>> nyuv2 = {"name": "nyuv2", "training": {"epochs": 200, "batch_size": 4}, "rows": {"equal": {}}}
     >>> lay(nyuv2, {"name": "nyuv2-small", "training": {"epochs": 2}, "rows": {"dwa": {"method": "dwa"}}})["training"]
     {'epochs': 2, 'batch_size': 4}
     """
-    whole = {"paper"}
+    whole = {"breakdown", "fronts", "paper"}
     return {**_copy(below), **{k: merge(below[k], v) if k in below and k not in whole else v for k, v in above.items()}}
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sidetask_datasets import Dataset
 
 _FILES = ("config.yaml", "metrics.jsonl", "weights.jsonl", "checkpoint.pt", "best.pt", "status.json", "result.json")
-_FORMAT = 3
+_FORMAT = 2
 _FLUSH_SECONDS = 0.5
 
 
@@ -291,5 +291,5 @@ class _Run:
             return
         self.trainer.load_state(record["trainer"])
         self.selection.load_state(record["selection"])
-        self.tests = record["tests"]
+        self.tests = record.get("tests", [])
         self.seconds, self.epoch_seconds = record["seconds"], record["epoch_seconds"]

@@ -1,7 +1,7 @@
 """Handwritten digits in up to twenty domains, a task for each: the many-to-many setting without a download.
 
-A domain tells five digits apart, 0 to 4 or 5 to 9, in images of its own, and renders them in a way of its own: turned by
-a multiple of 36 degrees, in one colour on another. What the scans have in common helps across domains; how they are
+A domain tells five digits apart, 0 to 4 or 5 to 9, in images of its own, and renders them in a way of its own: turned
+by a multiple of 36 degrees, in one colour on another. What the scans have in common helps across domains; how they are
 turned and coloured does not. The scans are those that scikit-learn brings, 8×8 pixels, enlarged to 32×32.
 """
 

@@ -268,6 +268,40 @@ def relations(
     _leave_out(found.failed if estimated is None else estimated.failed)
 
 
+@app.command()
+@_reported
+def grouping(
+    experiment: Source,
+    assignments: Assignments = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="A row to set beside them; may be repeated. Default: all.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="The folder of all trainings.")] = None,
+    runs: Runs = Path("runs"),
+    jobs: Jobs = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train every combination of tasks with equal weights, beside rows that learn weights; finished runs are kept."""
+    from sidetask_bench.grouping import compare_groupings  # here, because matplotlib is slow to import
+
+    loaded = load_experiment(experiment, assignments or ())
+    console = _console()
+    folder = folder or runs / loaded.name / "grouping"
+    found = compare_groupings(loaded, folder, rows=row, jobs=jobs, overwrite=overwrite, display=_display(console))
+    table = Table("improves on the task alone by %", *found.tasks)
+    for entry in found.entries:
+        cells = []
+        for task in found.tasks:
+            change = entry.improvement.get(task, {"mean": None, "std": None})
+            shown = tables.with_deviation(change["mean"], change["std"], tables.IMPROVEMENT_PLACES, sign=True)
+            cells.append(f"{shown} *" if found.best.get(task) == entry.name else shown)
+        table.add_row(entry.name, *cells)
+    console.print(table)
+    console.print("* the combination that is best for the task on the validation split")
+    console.print(f"grouping: {folder / 'grouping.png'}", soft_wrap=True, markup=False, highlight=False)
+    _leave_out(found.failed)
+
+
 def _matrix(title: str, tasks: Sequence[str], values: Any) -> Table:
     table = Table(title, *tasks)
     for source, row in zip(tasks, values.tolist(), strict=True):

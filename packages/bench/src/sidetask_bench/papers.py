@@ -41,7 +41,7 @@ def sizes(source: str | Path, assignments: Iterable[str] = ()) -> list[Experimen
 
 
 def needs_relations(experiment: Experiment, runs: Path) -> bool:
-    """Whether rows read the relations that ``sidetask relations`` would write in this folder, and they are not there."""
+    """Whether rows read the relations that ``sidetask relations`` would write here, and they are not there."""
     path = runs / experiment.name / "relations" / "relations.json"
     methods = [config[0].method for config in experiment.runs(experiment.seeds[:1]).values()]
     asked = [value for method in methods for key, value in document.flatten({"": method}).items() if "relations" in key]

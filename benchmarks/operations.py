@@ -6,9 +6,9 @@
     python benchmarks/operations.py --growth --write
 
 With ``--transfers`` it is counted of the methods that add transfers, for several numbers of tasks, and
-``docs/images/transfers.svg`` draws how it grows, with the times that `step_cost.py` has measured; with ``--growth`` it is
-counted and drawn (``docs/images/growth.svg``) of one method of each kind, for classifications with small heads. Counted
-are the convolutions and matrix products of one step in the settings of `step_cost.py`, forward, backward and
+``docs/images/transfers.svg`` draws how it grows, with the times that `step_cost.py` has measured; with ``--growth`` it
+is counted and drawn (``docs/images/growth.svg``) of one method of each kind, for classifications with small heads.
+Counted are the convolutions and matrix products of one step in the settings of `step_cost.py`, forward, backward and
 forward-mode; of a method that learns in every fifth step, those of five steps by five. The count is the same on every
 machine of one release of PyTorch.
 """

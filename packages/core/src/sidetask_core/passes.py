@@ -85,8 +85,8 @@ class Domain:
     """One input, its shared features, and the tasks that read them.
 
     `readers` are the names of these tasks. `gradients` holds their unscaled gradients at the features ``[tasks of the
-    domain, D]``, once asked for, `random` the random state before the input was encoded, `versions` those of its tensors
-    then, and `products` those of the encoder, if they were noted.
+    domain, D]``, once asked for, `random` the random state before the input was encoded, `versions` those of its
+    tensors then, and `products` those of the encoder, if they were noted.
     """
 
     cut: Cut

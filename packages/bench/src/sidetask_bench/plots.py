@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -26,6 +27,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sidetask_bench.records import ByClass, Comparison, Curve, RowRecord, TaskRecord
+
+if TYPE_CHECKING:
+    from sidetask_bench.grouping import Entry, Groupings
 
 Matrix = npt.NDArray[np.float64]
 
@@ -226,10 +230,36 @@ def _trade_off(
                 spread = [values.std(ddof=1) for values in points[row]]
                 ax.errorbar(x, y, yerr=spread[1], xerr=spread[0], color=colour, linewidth=0.8, alpha=0.5)
         ax.plot(*means.T, marker=marker, color=colour, markersize=5.5, linewidth=1.2 if len(rows) > 1 else 0)
+        # Rows of a front by what sets them apart, a number often.
+        alike = len(os.path.commonprefix(rows)) if len(rows) > 1 else None  # noqa: RUF071 (letters are wanted)
+        for row, point in zip(rows if alike is not None else [], means, strict=False):
+            ax.annotate(
+                _short(row[alike:]), point, (4, 4), textcoords="offset points", color=colour, fontsize=8, weight="bold"
+            )
         # A front is named at the end that is nearer to the names.
         end = max(means, key=lambda point: -point[0] if ax.xaxis.get_inverted() else point[0])
         ends.append((name, float(end[0]), float(end[1]), colour))
     _name_ends(ax, ends)
+
+
+def grouping_panels(found: Groupings) -> list[Panel]:
+    """What a task gains in every combination of tasks and by every method: bars in percent, a panel for each task."""
+    panels = []
+    for task in found.tasks:
+        entries = [entry for entry in found.entries if task in entry.improvement]
+        names = [_beside(entry, task, found.best.get(task)) for entry in entries]
+        bars = [_bar(entry.improvement[task]) for entry in entries]
+        draw = partial(_bars, names=names, bars=bars, label="improvement on the task alone (%)")
+        left = 0.2 + 0.085 * max(len(_short(name)) for name in names)
+        panels.append(Panel(task, draw, _in_words(names, bars), left, 0.15))
+    return panels
+
+
+def _beside(entry: Entry, task: str, best: str | None) -> str:
+    """What trains beside a task: other tasks, or a method on all of them; a star where that is best."""
+    others = [name for name in entry.name.split("+") if name != task]
+    name = entry.name if entry.learned else "+".join(others) or "alone"
+    return f"* {name}" if entry.name == best else name
 
 
 def relations_panel(tasks: Sequence[str], improvement: Matrix) -> Panel:

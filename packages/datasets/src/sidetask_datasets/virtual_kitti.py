@@ -122,9 +122,17 @@ def virtual_kitti(  # noqa: D417 -- what all adapters take is described in one p
             damaged, a picture of another size, a colour that is no class's. All problems of the pictures come together.
         ValueError: for an unknown task, world or variation, or a switch that is neither true nor false.
     """
-    places = {"worlds": worlds, "variations": variations, "camera": camera}
     return read_dense(
-        partial(virtual_kitti_source, root, tasks, size=size, seed=seed, **places),
+        partial(
+            virtual_kitti_source,
+            root,
+            tasks,
+            size=size,
+            worlds=worlds,
+            variations=variations,
+            camera=camera,
+            seed=seed,
+        ),
         classes={"segmentation": CLASSES},
         colours={"segmentation": COLOURS},
         primary=primary,

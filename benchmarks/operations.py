@@ -5,7 +5,7 @@
     python benchmarks/operations.py --transfers --write
 
 With ``--transfers`` it is counted of the methods that add transfers, for several numbers of tasks, and
-``results/transfers.svg`` draws how it grows, with the times that `step_cost.py` has measured. Counted are the
+``docs/images/transfers.svg`` draws how it grows, with the times that `step_cost.py` has measured. Counted are the
 convolutions and matrix products of one step in the settings of `step_cost.py`, forward, backward and forward-mode; of
 a method that learns in every fifth step, those of five steps by five. The count is the same on every machine of one
 release of PyTorch.
@@ -157,7 +157,7 @@ def with_transfers(write: bool) -> None:
     ]
     report("transfers", lines, {"tasks": TASKS, "shares": many, "rows": transfers}, write)
     if write:
-        draw(transfers, RESULTS / "transfers.svg")
+        draw(transfers, RESULTS.parents[1] / "docs" / "images" / "transfers.svg")
 
 
 def report(name: str, lines: Sequence[str], figures: dict[str, Any], write: bool) -> None:

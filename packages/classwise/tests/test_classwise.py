@@ -10,7 +10,7 @@ import torch
 from sidetask_classwise import Bins, ClassWise
 from sidetask_classwise.classwise import classwise
 from sidetask_core import Batch, Method, MissingKey, SplitModel, Step, Task
-from sidetask_core.lookahead import NoForwardDerivative
+from sidetask_core.derivative import NoForwardDerivative
 from sidetask_core.plugins import make_method
 from sidetask_core.testing import close, conformance, gradients, in_two_processes
 from torch import nn

@@ -291,12 +291,12 @@ class Passes:
         With it they are products of gradients, and each rider has gone backward through its branch: the work of two
         forward passes each, after which any weighted sum is free. The other way takes so much `work`, in forward
         passes over the branch, however many ride it: backward for the sums that are wanted, and forward once with a
-        derivative.
+        derivative. Of equal work it is preferred, for it keeps no gradient of the branch for each rider.
         """
         shared = {id(p) for p in self.shared}
         for domain in self.domains:
             tied = any(id(p) in shared for branch in domain.branches for p in branch.parameters)
-            if tied or 2 * sum(len(branch.riders) for branch in domain.branches) <= work * len(domain.branches):
+            if tied or 2 * sum(len(branch.riders) for branch in domain.branches) < work * len(domain.branches):
                 self.feature_gradients(domain)
 
     def head_gradients(self, cut: Cut, tasks: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ from sidetask_bench.prepare import prepare as decode
 from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_bench.run import train as run_training
 from sidetask_bench.runtime import cores, processes
-from sidetask_bench.schema import ExperimentError
+from sidetask_bench.schema import ExperimentError, plain
 
 app = typer.Typer(
     help="Train and compare multi-task and auxiliary-learning methods.",
@@ -122,14 +122,21 @@ def paper_table(
     jobs: Jobs = 1,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run a paper's table, or go on with it, and print it beside the paper's figures, each size in its own columns."""
+    """Run a paper's table, or go on with it, and print it beside the paper's figures, each size in its own columns.
+
+    Relations that its rows read from its own folder are enumerated first, if they are not there.
+    """
     from sidetask_bench import papers
 
     sizes = papers.sizes(experiment, assignments or ())
-    chosen = sizes[-1 if small else 0]
+    chosen = sizes[-1 if small or Path(experiment).stem.endswith(papers.SMALL) else 0]
     words = ["sidetask", "table", experiment, *(word for each in assignments or () for word in ("--set", each))]
     command = shlex.join([*words, "--small"] if small else words)
     console = _console()
+    if papers.needs_relations(chosen, runs):
+        from sidetask_bench.relations import enumerate_relations  # here, because matplotlib is slow to import
+
+        enumerate_relations(chosen, runs / chosen.name / "relations", jobs=jobs, display=_display(console))
     failed = _compare(chosen, runs / chosen.name, jobs, overwrite, command, console)
     if parallel.rank() == 0:
         table = papers.Table.of(sizes, runs)
@@ -261,6 +268,40 @@ def relations(
     _leave_out(found.failed if estimated is None else estimated.failed)
 
 
+@app.command()
+@_reported
+def grouping(
+    experiment: Source,
+    assignments: Assignments = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="A row to set beside them; may be repeated. Default: all.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="The folder of all trainings.")] = None,
+    runs: Runs = Path("runs"),
+    jobs: Jobs = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train every combination of tasks with equal weights, beside rows that learn weights; finished runs are kept."""
+    from sidetask_bench.grouping import compare_groupings  # here, because matplotlib is slow to import
+
+    loaded = load_experiment(experiment, assignments or ())
+    console = _console()
+    folder = folder or runs / loaded.name / "grouping"
+    found = compare_groupings(loaded, folder, rows=row, jobs=jobs, overwrite=overwrite, display=_display(console))
+    table = Table("improves on the task alone by %", *found.tasks)
+    for entry in found.entries:
+        cells = []
+        for task in found.tasks:
+            change = entry.improvement.get(task, {"mean": None, "std": None})
+            shown = tables.with_deviation(change["mean"], change["std"], tables.IMPROVEMENT_PLACES, sign=True)
+            cells.append(f"{shown} *" if found.best.get(task) == entry.name else shown)
+        table.add_row(entry.name, *cells)
+    console.print(table)
+    console.print("* the combination that is best for the task on the validation split")
+    console.print(f"grouping: {folder / 'grouping.png'}", soft_wrap=True, markup=False, highlight=False)
+    _leave_out(found.failed)
+
+
 def _matrix(title: str, tasks: Sequence[str], values: Any) -> Table:
     table = Table(title, *tasks)
     for source, row in zip(tasks, values.tolist(), strict=True):
@@ -320,6 +361,13 @@ def rewrite_report(folder: Annotated[Path, typer.Argument(help="Of a comparison.
     if not (folder / "comparison.json").is_file():
         raise ExperimentError(f"{folder} has no comparison.json; sidetask compare writes it")
     _say_report(folder, _console())
+
+
+@app.command("show")
+@_reported
+def show_experiment(experiment: Source, assignments: Assignments = None) -> None:
+    """Print an experiment whole, with what it extends, the overrides, and the defaults."""
+    typer.echo(document.dump(plain(load_experiment(experiment, assignments or ()))), nl=False)
 
 
 @app.command("list")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -27,6 +27,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sidetask_bench.records import ByClass, Comparison, Curve, RowRecord, TaskRecord
+
+if TYPE_CHECKING:
+    from sidetask_bench.grouping import Entry, Groupings
 
 Matrix = npt.NDArray[np.float64]
 
@@ -237,6 +240,26 @@ def _trade_off(
         end = max(means, key=lambda point: -point[0] if ax.xaxis.get_inverted() else point[0])
         ends.append((name, float(end[0]), float(end[1]), colour))
     _name_ends(ax, ends)
+
+
+def grouping_panels(found: Groupings) -> list[Panel]:
+    """What a task gains in every combination of tasks and by every method: bars in percent, a panel for each task."""
+    panels = []
+    for task in found.tasks:
+        entries = [entry for entry in found.entries if task in entry.improvement]
+        names = [_beside(entry, task, found.best.get(task)) for entry in entries]
+        bars = [_bar(entry.improvement[task]) for entry in entries]
+        draw = partial(_bars, names=names, bars=bars, label="improvement on the task alone (%)")
+        left = 0.2 + 0.085 * max(len(_short(name)) for name in names)
+        panels.append(Panel(task, draw, _in_words(names, bars), left, 0.15))
+    return panels
+
+
+def _beside(entry: Entry, task: str, best: str | None) -> str:
+    """What trains beside a task: other tasks, or a method on all of them; a star where that is best."""
+    others = [name for name in entry.name.split("+") if name != task]
+    name = entry.name if entry.learned else "+".join(others) or "alone"
+    return f"* {name}" if entry.name == best else name
 
 
 def relations_panel(tasks: Sequence[str], improvement: Matrix) -> Panel:

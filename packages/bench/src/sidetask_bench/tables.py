@@ -154,6 +154,20 @@ def with_deviation(mean: float | None, std: float | None, places: int, *, sign: 
     return shown if mean is None or std is None else f"{shown} ± {number(std, places)}"
 
 
+def unit(comparison: Mapping[str, Any]) -> float | None:
+    """Seconds of a step of equal weighting on the experiment's own network; None if no row is that.
+
+    >>> rows = [{"name": "shared", "method": "equal", "network": {"name": "small"}, "seconds_per_step": 0.2}]
+    >>> unit({"rows": rows, "config": {"network": {"name": "small"}}})
+    0.2
+    """
+    network = comparison.get("config", {}).get("network")
+    for row in comparison["rows"]:
+        if row["name"] == "equal" or (row["method"] in ("equal", {"name": "equal"}) and row["network"] == network):
+            return float(row["seconds_per_step"])
+    return None
+
+
 def _cells(comparison: Mapping[str, Any], headline: bool) -> tuple[list[str], list[list[str]]]:
     columns = [
         (task["name"], metric, info["higher_is_better"])
@@ -163,6 +177,8 @@ def _cells(comparison: Mapping[str, Any], headline: bool) -> tuple[list[str], li
     arrows = {True: " ↑", False: " ↓", None: ""}
     head = ["", *(f"{task} {metric}{arrows[higher]}" for task, metric, higher in columns)]
     head += [f"improvement %{arrows[comparison['higher_is_better']]}", "ms/step"]
+    equal = unit(comparison)
+    head += ["× equal"] if equal else []
     wanted = max(len(row["runs"]) for row in comparison["rows"])
     places = [decimals(row["mean"][task][metric] for row in comparison["rows"]) for task, metric, _ in columns]
     rows = []
@@ -175,7 +191,8 @@ def _cells(comparison: Mapping[str, Any], headline: bool) -> tuple[list[str], li
         ]
         change = row["improvement"]
         cells.append(with_deviation(change["mean"], change["std"], IMPROVEMENT_PLACES, sign=True))
-        rows.append([name, *cells, f"{1000 * row['seconds_per_step']:.1f}"])
+        seconds = row["seconds_per_step"]
+        rows.append([name, *cells, f"{1000 * seconds:.1f}", *([f"{seconds / equal:.2f}"] if equal else [])])
     return head, rows
 
 

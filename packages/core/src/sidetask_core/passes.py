@@ -8,6 +8,7 @@ anything above the cut is traversed.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
@@ -83,13 +84,14 @@ class Branch:
 class Domain:
     """One input, its shared features, and the tasks that read them.
 
-    `gradients` holds the tasks' unscaled gradients at the features ``[tasks of the domain, D]``, once asked for,
-    `random` the random state before the input was encoded, `versions` those of its tensors then, and `products` those
-    of the encoder, if they were noted.
+    `readers` are the names of these tasks. `gradients` holds their unscaled gradients at the features ``[tasks of the
+    domain, D]``, once asked for, `random` the random state before the input was encoded, `versions` those of its
+    tensors then, and `products` those of the encoder, if they were noted.
     """
 
     cut: Cut
     input: Any
+    readers: tuple[str, ...]
     random: RandomState
     versions: list[int | None]
     products: list[Product]
@@ -184,8 +186,10 @@ class Passes:
                 continue
             if id(one) not in by_input:
                 before, versions = RandomState.of(device), _versions(one)
-                features, products = _with_products(model.encode, one, self._names)
-                by_input[id(one)] = Domain(Cut(features), one, before, versions, products)
+                readers = _readers(tasks, inputs, one)
+                encode = functools.partial(model.encode, tasks=readers)
+                features, products = _with_products(encode, one, self._names)
+                by_input[id(one)] = Domain(Cut(features), one, readers, before, versions, products)
             self.domain_of[t] = domain = by_input[id(one)]
             domain.tasks.append(t)
         self.domains = list(by_input.values())
@@ -390,7 +394,8 @@ def losses_of(
     inputs = [batch.input_of(task) for task in tasks]
     targets = [batch.target_of(task) for task in tasks]
     # In the order of a step, so that layers which draw at random draw the same.
-    features = {id(one): model.encode(one) for one in {id(one): one for one in inputs if one is not None}.values()}
+    different = {id(one): one for one in inputs if one is not None}
+    features = {key: model.encode(one, _readers(tasks, inputs, one)) for key, one in different.items()}
     nothing = next(iter(features.values()), list(model.parameters()))
     predictions: dict[str, Any] = {}
     for key, shared in features.items():
@@ -403,6 +408,11 @@ def losses_of(
         elements = None if target is None else task.elements(predictions[task.name], target)
         sums.append(_sums(task, elements, features.get(id(one), nothing), target, shapers))
     return _means(sums)
+
+
+def _readers(tasks: Sequence[Task], inputs: Sequence[Any], one: Any) -> tuple[str, ...]:
+    """The tasks that read one input, by name."""
+    return tuple(task.name for task, own in zip(tasks, inputs, strict=True) if own is one)
 
 
 def _sums(task: Task, elements: Elements | None, features: Any, target: Any, shapers: Mapping[str, nn.Module]) -> Sums:

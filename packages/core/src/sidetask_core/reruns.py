@@ -49,12 +49,14 @@ class Encoded:
 
     Attributes:
         input: what was encoded.
+        readers: the tasks that read it, by name.
         random: the random state before.
         places: where their gradients are known, each task's at one of them.
         products: those of the encoder that were noted; without them all are computed once more.
     """
 
     input: Any
+    readers: tuple[str, ...]
     random: RandomState
     places: list[Place]
     products: list[Product] = field(default_factory=list)
@@ -96,7 +98,7 @@ class Trail:
                     place = _place(branch.name, branch.random, branch.riders, branch.cut, found)
                     places.append(replace(place, products=branch.products))
                     above |= {names[id(p)]: p.detach() for p in branch.parameters}
-            encoded.append(Encoded(domain.for_another_run(), domain.random, places, domain.products))
+            encoded.append(Encoded(domain.for_another_run(), domain.readers, domain.random, places, domain.products))
             for t in domain.tasks:
                 pairs = list(zip(passes.own[t], passes.head(t, keep=True)[0], strict=True))
                 branch_of = passes.branch_of[t]
@@ -172,7 +174,7 @@ class Trail:
             def compute(model: SplitModel) -> list[Tensor]:
                 found, names = [], named(model)
                 with Reused(one.products if exact else [], names) as above:
-                    features = model.encode(one.input)
+                    features = model.encode(one.input, one.readers)
                 same = above.same
                 for place in places:
                     output = features
@@ -242,7 +244,7 @@ class Rerun:
             def compute(model: SplitModel) -> list[Tensor]:
                 device, branch, names = device_of(model), model.route[task.name], named(model)
                 with Reused(of_encoder, names) as part:
-                    read = model.encode(self.input)
+                    read = model.encode(self.input, [task.name])
                 same = part.same
                 self.random[1].restore(device)
                 if branch is not None:

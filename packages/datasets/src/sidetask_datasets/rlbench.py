@@ -52,7 +52,7 @@ TASKS = (
 CAMERAS = ("front", "wrist", "left_shoulder", "right_shoulder", "overhead")
 _SPLITS = ("train", "validation", "test")
 _TASK = re.compile(r"[A-Za-z0-9_-]{1,200}")
-_STATE = " state"  # no name of a task begins with a space
+STATE = " state"  # no name of a task begins with a space
 
 
 def rlbench(
@@ -114,9 +114,9 @@ def rlbench(
         for name, own in found.items():
             columns = {name: Column(_stacked([e.action for e in own]), "vector")}
             if state:
-                columns[name + _STATE] = Column(_stacked([(e.state - mean) / scale for e in own]), "vector")
+                columns[name + STATE] = Column(_stacked([(e.state - mean) / scale for e in own]), "vector")
             part: Split = images[f"{name}-{split}"].with_targets(columns)
-            parts[name] = StateSplit(part, name + _STATE) if state else part
+            parts[name] = StateSplit(part, name + STATE) if state else part
         splits[split] = JoinedSplit(parts)
     channels = len(cameras)
     widths = {name: found[0].action.shape[1] for name, found in shown["train"].items()}

@@ -34,6 +34,7 @@ from sidetask_datasets.split import ResidentSplit, Split
 from sidetask_datasets.view import View
 
 TASKS = ("top_left", "bottom_right")
+_ROUND = torch.tensor([0, 6, 8, 9], dtype=torch.int16)
 ATTRIBUTES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "top_left_even": lambda first, second: first % 2 == 0,
     "top_left_large": lambda first, second: first >= 5,
@@ -45,7 +46,6 @@ ATTRIBUTES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "top_left_larger": lambda first, second: first > second,
     "large_sum": lambda first, second: first + second >= 10,
 }
-_ROUND = torch.tensor([0, 6, 8, 9], dtype=torch.int16)
 SOURCES = ("scans", "mnist", "fashion")
 CLOTHES = (
     "T-shirt",

@@ -16,8 +16,9 @@ from rich.table import Table
 from sidetask_core import StepFailure, parallel, plugins
 
 from sidetask_bench import document, tables
+from sidetask_bench.assemble import make_dataset
 from sidetask_bench.compare import compare as run_comparison
-from sidetask_bench.config import Experiment, load_experiment
+from sidetask_bench.config import Experiment, Plugin, load_experiment
 from sidetask_bench.label import label as write_labels
 from sidetask_bench.prepare import prepare as decode
 from sidetask_bench.progress import ConsoleDisplay, Display
@@ -175,7 +176,7 @@ def prepare_dataset(
     root: Annotated[Path, typer.Argument(help="Where its files are.")],
     options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its options.")] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", help="Processes that decode; one for each core if not given.", min=1)
+        int | None, typer.Option("--jobs", "-j", help="Processes that decode; threads of one if not given.", min=1)
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Where caches are kept; else SIDETASK_CACHE or ~/.cache.")] = None,
 ) -> None:
@@ -184,7 +185,7 @@ def prepare_dataset(
 
     given = document.override({}, options or ())
     try:
-        found = decode(dataset, root, given, jobs=jobs or cores(), cache=cache)
+        found = decode(dataset, root, given, jobs=jobs, cache=cache)
     except DataErrors as error:
         for problem in error.problems:
             typer.echo(f"error: {problem}", err=True)
@@ -196,6 +197,38 @@ def prepare_dataset(
         table.add_row(split, str(count), *map(str, found.bytes.values()), str(sum(found.bytes.values())))
     console.print(table)
     console.print(f"cache: {found.folder}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command("describe")
+@_reported
+def describe_dataset(
+    dataset: Annotated[str, typer.Argument(help="The name of a data set.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its options.")] = None,
+    gallery: Annotated[Path | None, typer.Option(help="A PNG that gets samples of every split.")] = None,
+    samples: Annotated[int, typer.Option(help="So many of each split.", min=1)] = 3,
+) -> None:
+    """Count the samples and labels of a data set, and draw some: to be looked at before it is believed."""
+    # Here, because what it imports is slow to.
+    from PIL import Image
+    from sidetask_datasets import describe, sheet
+
+    data = make_dataset(Plugin(dataset, document.override({}, options or ())))
+    found = describe(data)
+    console = _console()
+    splits = {name: getattr(data, name) for name in ("train", "validation", "test")}
+    table = Table("", *splits)
+    table.add_row("samples", *(str(len(split)) for split in splits.values()))
+    for task, labels in found.items():
+        table.add_section()
+        numbers = data.views[task].kind in ("scalar", "normals", "vector")
+        for value in labels["train"]:
+            form = "{:.4g}" if numbers and value != "unlabelled" else "{:.2%}"
+            table.add_row(f"{task}: {value}", *(form.format(labels[split][value]) for split in splits))
+    console.print(table)
+    if gallery is not None:
+        gallery.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet(data, samples)).save(gallery, format="PNG")
+        console.print(f"gallery: {gallery}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command("label")

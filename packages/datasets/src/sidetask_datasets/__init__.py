@@ -8,6 +8,7 @@ from sidetask_datasets.cifar100_domains import cifar100_domains
 from sidetask_datasets.cityscapes import cityscapes
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset
+from sidetask_datasets.describe import describe, sheet
 from sidetask_datasets.digit_domains import digit_domains
 from sidetask_datasets.digits import digits
 from sidetask_datasets.files import DataError, DataErrors
@@ -41,6 +42,7 @@ __all__ = [
     "celeba",
     "cifar100_domains",
     "cityscapes",
+    "describe",
     "digit_domains",
     "digits",
     "fingerprint",
@@ -54,6 +56,7 @@ __all__ = [
     "reaching",
     "rlbench",
     "scenes",
+    "sheet",
     "thresholded",
     "virtual_kitti",
     "with_noise",

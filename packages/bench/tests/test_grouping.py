@@ -13,7 +13,13 @@ from typer.testing import CliRunner
 
 pytestmark = pytest.mark.thorough
 
-CHANGES = ["seeds=[0, 1]", "training.epochs=1", "rows={equal: {}, rlw: {method: rlw}, single: {network: {cut: 0}}}"]
+CHANGES = [
+    "seeds=[0, 1]",
+    "dataset={name: digits, train: 192, validation: 64, test: 200}",
+    "training.epochs=2",
+    "training.optimizer={name: adam, lr: 3e-3}",
+    "rows={equal: {}, rlw: {method: rlw}, single: {network: {cut: 0}}}",
+]
 PAIR = "top_left+bottom_right"
 
 

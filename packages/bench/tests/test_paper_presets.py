@@ -11,6 +11,7 @@ import pytest
 import torch
 from sidetask_bench import Experiment, load_experiment, papers
 from sidetask_bench.assemble import make_dataset
+from sidetask_bench.config import Plugin
 from sidetask_bench.document import dump, presets, read
 from sidetask_bench.trainer import Trainer
 from sidetask_core import plugins
@@ -116,7 +117,7 @@ class Trees:
             of = f"dataset.of={{name: nyuv2, root: {self.root}, validation: 2, tasks: [normals]}}"
         changed = load_experiment(experiment.name, [of])
         run = self.root / "teacher"
-        size = make_dataset(_of(changed)).input_shape[-2:]
+        size = make_dataset(Plugin.from_plain(changed.dataset.options["of"], "of")).input_shape[-2:]
         teacher = load_experiment(
             "scenes-teacher",
             [
@@ -132,12 +133,8 @@ class Trees:
         for name in experiment.dataset.options["labels"]:
             labels[name] = str(self.root / "labels" / name)
             kind = "tokens" if name == "patches" else "segmentation"
-            label(run, labels[name], task="segmentation", of=_of(changed), kind=kind, patch=8)
+            label(run, labels[name], task="segmentation", of=changed.dataset, kind=kind, patch=4)
         return [of, f"dataset.labels={dump(labels)}"]
-
-
-def _of(experiment: Experiment) -> Any:
-    return experiment.dataset
 
 
 @pytest.fixture

@@ -117,6 +117,22 @@ def test_an_interrupted_run_ends_as_if_it_had_not(
     assert outcome(tmp_path / "resumed") == outcome(tmp_path / "whole")
 
 
+def test_a_checkpoint_of_other_packages_is_refused_and_loses_nothing(load: Loader, tmp_path: Path) -> None:
+    config = load("training.epochs=2").run(None, 0)
+    train(config, tmp_path / "run")
+    path = tmp_path / "run/checkpoint.pt"
+    (tmp_path / "run/result.json").unlink()
+    record = torch.load(path, weights_only=True)
+    record["trainer"]["step"].popitem()
+    torch.save(record, path)
+    with (tmp_path / "run/weights.jsonl").open("ab") as file:
+        file.write(b'{"step": 99}\n')  # of steps after the checkpoint
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("metrics.jsonl", "weights.jsonl")}
+    with pytest.raises(ExperimentError, match=r"checkpoint\.pt does not fit the installed packages.*--overwrite"):
+        train(config, tmp_path / "run")
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+
+
 def test_rows_of_one_seed_start_alike_and_see_the_same_data(load: Loader) -> None:
     def first_losses(seed: int, *changes: str) -> list[dict[str, float]]:
         experiment = load(*changes)

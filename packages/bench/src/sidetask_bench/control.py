@@ -42,8 +42,9 @@ def control(
 ) -> dict[str, Any]:
     """Let the weights of a row learn on the networks of another one, which do not change.
 
-    Nothing that such a weight does can reach any loss. How far it goes all the same is what its estimate makes of
-    chance, and as far as it goes in training it says nothing.
+    Nothing that such a weight does can reach any loss. How far it goes all the same is what an estimate from changes
+    between batches makes of chance, and as far as it goes in training it says nothing. (A lookahead asks what a step
+    would do, taken or not, so that it has something to find here, too.)
 
     Args:
         experiment: whose rows they are.

@@ -283,13 +283,19 @@ class _Run:
         record: dict[str, Any] = storage.read_tensors(path) if path.exists() else {"metrics": 0, "weights": 0}
         if record.get("format", _FORMAT) != _FORMAT:
             raise ExperimentError(f"{path} was written by another version of sidetask-bench; --overwrite the run")
+        if "trainer" in record:
+            try:
+                self.trainer.load_state(record["trainer"])
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ExperimentError(
+                    f"{path} does not fit the installed packages, which may be of other versions than those that wrote "
+                    f"it; --overwrite the run to train it anew: {error}"
+                ) from error
+            self.selection.load_state(record["selection"])
+            self.tests = record.get("tests", [])
+            self.seconds, self.epoch_seconds = record["seconds"], record["epoch_seconds"]
+        # Nothing is cut from a run that cannot go on.
         if self.main:
             self.metrics.cut(record["metrics"])
             self.weights.cut(record["weights"])
         runtime.barrier()
-        if "trainer" not in record:
-            return
-        self.trainer.load_state(record["trainer"])
-        self.selection.load_state(record["selection"])
-        self.tests = record.get("tests", [])
-        self.seconds, self.epoch_seconds = record["seconds"], record["epoch_seconds"]

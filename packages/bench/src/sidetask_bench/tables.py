@@ -199,6 +199,8 @@ def _cells(comparison: Mapping[str, Any], headline: bool) -> tuple[list[str], li
 def _caption(comparison: Mapping[str, Any]) -> str:
     seeds = max(len(row["runs"]) for row in comparison["rows"])
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    epochs = comparison.get("config", {}).get("training", {}).get("average", 1)
+    spread += f", each over the last {epochs} epochs" if epochs > 1 else ""
     caption = f"Test split, {spread}; improvement over {comparison['baseline']} ({comparison['improvement']})."
     gaps = any(row["improvement"]["mean"] is None for row in comparison["rows"])
     return f"{caption} –: undefined in at least one seed, so that there is no mean." if gaps else caption

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,8 +15,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from sidetask_bench import drawing, plots, records, tables
 from sidetask_bench import gallery as galleries
-from sidetask_bench import plots, records, tables
 from sidetask_bench.document import dump
 from sidetask_bench.records import Comparison, RowRecord, TaskRecord
 from sidetask_bench.schema import ExperimentError
@@ -102,7 +104,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
     pictures = comparison.folder / "pictures"
     for name, panels in groups.items():
         if panels:
-            plots.png(panels, pictures / f"{name}.png", title=f"{comparison.name}: {titles[name]}")
+            drawing.png(panels, pictures / f"{name}.png", title=f"{comparison.name}: {titles[name]}")
     if gallery and gallery.strips:
         galleries.png(gallery, pictures / "gallery.png")
     environment = Environment(
@@ -113,6 +115,8 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["picture"] = _png_uri
+    environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
+    script = _template("report.js")
     columns = table(comparison)
     page = environment.get_template("report.html.j2").render(
         comparison=comparison,
@@ -121,11 +125,11 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         columns=columns,
         improvement=_improvement_cells(comparison),
         times=_time_cells(comparison),
-        light=plots.LIGHT.variables(),
-        dark=plots.DARK.variables(),
-        colours=len(plots.LIGHT.colours),
+        light=drawing.LIGHT.variables(),
+        dark=drawing.DARK.variables(),
+        colours=len(drawing.LIGHT.colours),
         panels={
-            name: [(panel, plots.svg(panel, f"{name}{i}")) for i, panel in enumerate(panels)]
+            name: [(panel, drawing.svg(panel, f"{name}{i}")) for i, panel in enumerate(panels)]
             for name, panels in groups.items()
         },
         by_class=[(found, class_table(comparison, found)) for found in broken_down],
@@ -135,10 +139,39 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         marks=galleries.MARKS,
         mixed=tables.mixed_versions(comparison.mixed_versions),
         config=dump(comparison.config) if comparison.config else "",
+        install=_install(comparison),
+        made_with=comparison.versions | _machines(comparison),
+        css=_template("report.css"),
+        script=script,
+        # The page runs this script and no other, whatever names say.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     path = comparison.folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    # Line ends as they are, for the script's hash.
+    path.write_text(page, encoding="utf-8", newline="")
     return path
+
+
+def _template(name: str) -> str:
+    return (resources.files("sidetask_bench") / "templates" / name).read_text("utf-8").replace("\r\n", "\n")
+
+
+def _install(comparison: Comparison) -> str:
+    """The command that brings what the runs were made with; empty if that was not the same for all."""
+    if comparison.mixed_versions:
+        return ""
+    # What follows a plus is a build of torch, which an index of its own has.
+    versions = {name: version.partition("+")[0] for name, version in comparison.versions.items() if name != "python"}
+    return " ".join(["pip install", *(f"{name}=={version}" for name, version in versions.items())] if versions else [])
+
+
+def _machines(comparison: Comparison) -> dict[str, str]:
+    """On what the runs were made, and how long they took together."""
+    runs = [run for row in comparison.rows for run in row.runs]
+    devices = dict.fromkeys(f"{run['device']}, {run['processes']} process(es)" for run in runs if "processes" in run)
+    seconds = sum(run.get("seconds", 0.0) for run in runs)
+    spent = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+    return {"device": "; ".join(devices), "training, all runs": spent} if devices else {}
 
 
 _TITLES = {

@@ -15,10 +15,12 @@ from matplotlib.ticker import MaxNLocator
 from sidetask_bench import shapes
 from sidetask_bench.drawing import LIGHT, Mark, Panel, of_row, short, signed
 from sidetask_bench.records import ByClass, Comparison, Curve, RowRecord, TaskRecord
-from sidetask_bench.shapes import Bar, End, Matrix
+from sidetask_bench.shapes import SOURCE_TARGET, Bar, End, Matrix
 
 # Between source and target in the name of a transfer, a task that a method has added.
 ARROW = "→"
+# More curves than this cannot be told apart in one chart.
+_PAIRS = 10
 
 
 def improvement_panels(comparison: Comparison) -> list[Panel]:
@@ -56,6 +58,30 @@ def step_panels(
             draw = partial(shapes.lines, curves=own, places=places, x=x, y=y, rule=rule)
             panels.append(Panel(row.name, draw, _ends_in_words(f"{y} at the end", own), row=index))
     return panels
+
+
+def cosine_panels(comparison: Comparison, cosines: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
+    """How the tasks' gradients lie to one another, a panel per row: over the steps, or on average of many tasks."""
+    if max((len(of_pairs) for of_pairs in cosines.values()), default=0) <= _PAIRS:
+        return step_panels(comparison, cosines, "cosine of gradients", rule=0.0)
+    panels = []
+    for index, row in enumerate(comparison.rows):
+        means = {tuple(pair.split(", ")): np.nanmean(curve.mean) for pair, curve in cosines.get(row.name, {}).items()}
+        if means:
+            names = list(dict.fromkeys(itertools.chain.from_iterable(means)))
+            table = np.array([[means.get((a, b), means.get((b, a), math.nan)) for b in names] for a in names])
+            panels.append(matrix_panel(row.name, names, table, ("", ""), index))
+    return panels
+
+
+def condition_panels(comparison: Comparison, condition: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
+    """The condition number of the gradients' Gramian over the steps, a line per row."""
+    places = {row.name: index for index, row in enumerate(comparison.rows)}
+    curves = {row: of_row["gramian"] for row, of_row in condition.items() if "gramian" in of_row}
+    if not curves:
+        return []
+    draw = partial(shapes.lines, curves=curves, places=places, x="step", y="condition number", rows=True)
+    return [Panel("All rows", draw, _ends_in_words("at the end", curves))]
 
 
 def shaper_panels(weights: Mapping[str, Mapping[str, Mapping[str, Curve]]]) -> list[Panel]:
@@ -175,8 +201,10 @@ def relations_panel(tasks: Sequence[str], improvement: Matrix) -> Panel:
     return matrix_panel("Gain beside another task (%)", tasks, improvement)
 
 
-def matrix_panel(title: str, tasks: Sequence[str], values: Matrix) -> Panel:
-    """Values ``[T, T]``, source by target, as a heat map; what is NaN stays white."""
+def matrix_panel(
+    title: str, tasks: Sequence[str], values: Matrix, sides: tuple[str, str] = SOURCE_TARGET, row: int | None = None
+) -> Panel:
+    """Values ``[T, T]``, source by target or whatever the `sides` are, as a heat map; what is NaN stays white."""
     left = 0.2 + 0.085 * max(len(short(name)) for name in tasks)
     most = float(np.nanmax(np.abs(values), initial=0.0))
     # Two digits of the largest that is below one.
@@ -186,8 +214,8 @@ def matrix_panel(title: str, tasks: Sequence[str], values: Matrix) -> Panel:
         for (s, source), (t, target) in itertools.permutations(enumerate(tasks), 2)
         if math.isfinite(values[s, t])
     ]
-    draw = partial(shapes.heat_map, names=tasks, values=values, places=places)
-    return Panel(title, draw, "; ".join(pairs), left, 0.15)
+    draw = partial(shapes.heat_map, names=tasks, values=values, places=places, sides=sides)
+    return Panel(title, draw, "; ".join(pairs), left, 0.15, row=row)
 
 
 def transfer_panels(comparison: Comparison, weights: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:

@@ -91,6 +91,9 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         "decoders": plots.step_panels(comparison, below, "weight in the decoder"),
         "sharing": plots.sharing_panels(comparison, _headline_label),
         "norms": plots.step_panels(comparison, norms, "gradient norm", rule=None),
+        "cosines": plots.cosine_panels(comparison, records.steps(comparison, "cosines")),
+        "ratios": plots.step_panels(comparison, records.steps(comparison, "ratios"), "gradient norm / mean norm"),
+        "condition": plots.condition_panels(comparison, records.steps(comparison, "condition")),
         "losses": plots.curve_panels(comparison, records.losses(comparison), lambda task: "training loss"),
         "validation": plots.curve_panels(comparison, records.validation(comparison), _headline_label),
     }
@@ -134,6 +137,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         },
         by_class=[(found, class_table(comparison, found)) for found in broken_down],
         unweighted=[row.name for row in comparison.rows if not weights[row.name]],
+        where=_where_sampled(comparison),
         gallery=gallery if gallery and gallery.strips else None,
         no_gallery=missing,
         marks=galleries.MARKS,
@@ -154,6 +158,14 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
 
 def _template(name: str) -> str:
     return (resources.files("sidetask_bench") / "templates" / name).read_text("utf-8").replace("\r\n", "\n")
+
+
+def _where_sampled(comparison: Comparison) -> str:
+    """Where gradients were compared, as rows may set it too."""
+    rows = [comparison.config, *(row or {} for row in comparison.config.get("rows", {}).values())]
+    set_ = [row["training"]["gradients"] for row in rows if (row.get("training") or {}).get("gradients")]
+    places = dict.fromkeys(sampling.get("at", "parameters") for sampling in set_)
+    return "at the shared " + " or ".join(places) if places else "at the shared layers"
 
 
 def _install(comparison: Comparison) -> str:
@@ -183,6 +195,9 @@ _TITLES = {
     "shapers": "weights of elements over training (band: ± std over seeds)",
     "decoders": "weights in the decoders over training, where they are others",
     "norms": "norms of the tasks' gradients at the shared features, where a method reads them",
+    "cosines": "cosines between the tasks' gradients over training",
+    "ratios": "norms of the tasks' gradients over training, relative to their mean",
+    "condition": "condition number of the Gramian of the tasks' gradients over training",
     "losses": "training losses (band: ± std over seeds)",
     "validation": "validation metrics (band: ± std over seeds)",
 }

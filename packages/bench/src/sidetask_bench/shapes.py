@@ -20,6 +20,8 @@ from sidetask_bench.records import Curve
 
 Matrix = npt.NDArray[np.float64]
 
+SOURCE_TARGET = ("source", "target")
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -198,11 +200,13 @@ def _bar_marks(name: str, bar: Bar, index: int, row: int | None) -> list[Mark]:
     return [Mark(bar.mean * part, index, words, row) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
 
 
-def heat_map(ax: Axes, names: Sequence[str], values: Matrix, places: int) -> list[Mark]:
+def heat_map(
+    ax: Axes, names: Sequence[str], values: Matrix, places: int, sides: tuple[str, str] = SOURCE_TARGET
+) -> list[Mark]:
     """Values ``[T, T]``, red below zero and blue above, with their numbers; what is NaN stays white."""
     most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     ax.imshow(np.ma.masked_invalid(values), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
-    name_matrix(ax, names)
+    name_matrix(ax, names, sides)
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
             # Ink where the map is pale, white where it is deep.
@@ -245,16 +249,16 @@ def matrix_of_curves(ax: Axes, names: Sequence[str], cells: Mapping[tuple[int, i
     return marks
 
 
-def name_matrix(ax: Axes, names: Sequence[str]) -> None:
-    """Sources from the top down and targets from the left, in cells of one unit around 0, 1, ..."""
+def name_matrix(ax: Axes, names: Sequence[str], sides: tuple[str, str] = SOURCE_TARGET) -> None:
+    """What the `sides` say from the top down and from the left, in cells of one unit around 0, 1, ..."""
     ax.grid(False)
     ax.set_xlim(-0.5, len(names) - 0.5)
     ax.set_ylim(len(names) - 0.5, -0.5)
     places = range(len(names))
     ax.set_xticks(places, [short(name) for name in names])
     ax.set_yticks(places, [short(name) for name in names])
-    ax.set_xlabel("target", color=LIGHT.muted, fontsize=9)
-    ax.set_ylabel("source", color=LIGHT.muted, fontsize=9)
+    ax.set_xlabel(sides[1], color=LIGHT.muted, fontsize=9)
+    ax.set_ylabel(sides[0], color=LIGHT.muted, fontsize=9)
 
 
 def _four(value: float) -> str:

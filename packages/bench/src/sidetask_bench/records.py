@@ -287,9 +287,7 @@ def _pooled(series: list[list[tuple[int, float]]]) -> Curve:
     pooled = max(1, math.ceil(length / _POINTS))
     stretches = [slice(start, start + pooled) for start in range(0, length, pooled)]
     x = np.array([at[part].mean() for part in stretches])
-    mean, low, high = (
-        np.array([_known(of, table[:, part]) for part in stretches]) for of in (np.mean, np.min, np.max)
-    )
+    mean, low, high = (np.array([_known(of, table[:, part]) for part in stretches]) for of in (np.mean, np.min, np.max))
     return Curve(x, mean, low, high, pooled)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sidetask_bench import runtime
 from sidetask_bench.assemble import make_step
-from sidetask_bench.config import RunConfig
+from sidetask_bench.config import Gradients, RunConfig
 from sidetask_bench.conflict import Values, conflict
 from sidetask_bench.optimization import learning_rate_factor, make_optimizer
 from sidetask_bench.schema import ExperimentError
@@ -54,6 +54,7 @@ class Trainer:
         )
         half = self.training.precision == "float16"
         self.scaler = torch.amp.GradScaler(device.type) if half else None
+        self.sampling = self._sampling()
         self.epoch = self.position = self.total = 0
         self.loss_sums: dict[str, Tensor] = {}
         size, accumulate, samples = self.training.batch_size, self.training.accumulate, len(self.data)
@@ -156,9 +157,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
+    def _sampling(self) -> Gradients | None:
+        """How to compare gradients; None also where tasks share nothing that is trained."""
+        sampling, model = self.training.gradients, self.step.model
+        inputs = {task.name: task.input for task in self.step.tasks}
+        if sampling is not None and sampling.at == "features" and len({*inputs.values()}) > 1:
+            raise ExperimentError(
+                f"training.gradients.at: tasks with different inputs share no features ({inputs}); take parameters"
+            )
+        return sampling if any(p.requires_grad for p in model.shared_parameters()) else None
+
     def _compare_gradients(self, batch: Batch) -> Values:
         """The conflict of the tasks' gradients on the step's first batch, at the steps that are sampled."""
-        sampling = self.training.gradients
+        sampling = self.sampling
         if sampling is None or self.total % sampling.every:
             return {}
         # Gradients in float16 would need the scaler's care; at a few steps, float32 is cheaper.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from sidetask_bench import storage
 from sidetask_bench.config import Plugin, RunConfig
+from sidetask_bench.run import discard
 from sidetask_bench.schema import ExperimentError
 from sidetask_bench.workers import Events, attempt, begin
 
@@ -24,8 +28,7 @@ class Cluster:
 
     Args:
         at_once: how many runs at a time.
-        address: of the cluster: ``auto`` for the one that this machine is part of, ``ray://host:port``, or ``local`` to
-            start one here.
+        address: of the cluster: ``auto`` for the one that this machine is part of, or ``local`` to start one here.
 
     Raises:
         ExperimentError: if Ray is not installed, or there is no such cluster.
@@ -46,40 +49,50 @@ class Cluster:
                 ray.init(address, log_to_driver=False)
             except (ConnectionError, ValueError) as error:
                 raise ExperimentError(f"there is no Ray cluster at {address!r}: {error}") from error
-        there = ray.cluster_resources()
-        cores, devices = max(1, int(there.get("CPU", 1)) // at_once), there.get("GPU", 0) / at_once
-        self.events = Queue(actor_options={"num_cpus": 0})
-        share = {"num_cpus": cores, "num_gpus": min(1.0, devices), "max_retries": _RETRIES}
-        self._begin = ray.remote(**share)(_attempt_here).remote
-        self._arguments = (Path.cwd(), cores, self.events)
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cores, devices = ([machine.get(kind, 0) for machine in machines] for kind in ("CPU", "GPU"))
+        # A run is on one machine.
+        share = max(1, min(int(sum(cores)) // at_once, int(max(cores))))
+        device = 1 / math.ceil(at_once / sum(devices)) if sum(devices) else 0
+        self._queue = self.events = Queue(actor_options={"num_cpus": 0})
+        self._begin = ray.remote(num_cpus=share, num_gpus=device, max_retries=_RETRIES)(_attempt_here).remote
+        self._given = (Path.cwd(), share, self._queue)
         self._threads = ThreadPoolExecutor(at_once)
+        self._lock, self._closed = threading.Lock(), False
         self._running: list[Any] = []
 
     def submit(
         self, config: RunConfig, folder: Path, plugin: Plugin, overwrite: bool, failures: type[Exception]
     ) -> Future[dict[str, Any]]:
         """See `Pool.submit`; workers die alone."""
-        return self._threads.submit(self._wait_for, config, folder, plugin, overwrite, failures)
+        if overwrite:  # here and once, or a run that is begun again would lose what it has done
+            with storage.locked(folder):
+                discard(folder)
+        return self._threads.submit(self._wait_for, config, folder, plugin, False, failures)
 
     def _wait_for(self, *job: Any) -> dict[str, Any]:
-        exceptions = self._ray.exceptions
-        run = self._begin(*self._arguments, *job)
-        self._running.append(run)
+        with self._lock:
+            if self._closed:
+                raise BrokenExecutor("the cluster is closed")
+            run = self._begin(*self._given, *job)
+            self._running.append(run)
         try:
             found: dict[str, Any] = self._ray.get(run)
-        except exceptions.RayTaskError as error:
+        except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        except exceptions.RayError as error:
+        except self._ray.exceptions.RayError as error:
             raise BrokenExecutor(f"Ray lost the worker: {str(error).partition(chr(10))[0]}") from error
         return found
 
     def close(self, *, now: bool) -> None:
         """See `Pool.close`."""
-        self._threads.shutdown(wait=not now, cancel_futures=True)
         if now:
+            with self._lock:
+                self._closed = True
             for run in self._running:
                 self._ray.cancel(run, force=True)
-            self._threads.shutdown()
+        self._threads.shutdown(cancel_futures=now)
+        self._queue.shutdown(force=True)
         if self._joined:
             self._ray.shutdown()
 

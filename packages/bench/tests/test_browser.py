@@ -35,7 +35,15 @@ class Chromium:
         down, up = os.pipe(), os.pipe()
         # Out of the way of 3 and 4.
         theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (down[0], up[1])]
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-extensions",
+            "--in-process-gpu",
+            "--remote-debugging-pipe",
+            "--no-first-run",
+        ]
         options += [f"--user-data-dir={profile}", "--disable-dev-shm-usage", "--disable-background-networking"]
         command = [sys.executable, "-c", LAUNCH, *map(str, theirs), CHROMIUM, *options, "about:blank"]
         null = subprocess.DEVNULL
@@ -65,7 +73,7 @@ class Chromium:
         assert "error" not in answer, (method, answer)
         return answer["result"]
 
-    def wait(self, wanted, seconds=120):
+    def wait(self, wanted, seconds=900):
         until = time.monotonic() + seconds
         while True:
             while b"\0" in self.rest:

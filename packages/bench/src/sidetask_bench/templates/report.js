@@ -63,7 +63,9 @@ function pointable(chart, tip) {
   };
   svg.addEventListener("pointermove", point);
   svg.addEventListener("pointerdown", point);
-  svg.addEventListener("pointerleave", leave);
+  // A finger that is lifted leaves too; what it has pointed at stays until it moves on.
+  svg.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && leave());
+  addEventListener("pointerdown", leave, { capture: true });
   addEventListener("scroll", leave, { passive: true });
 }
 

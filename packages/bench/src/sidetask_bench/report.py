@@ -180,7 +180,8 @@ def _install(comparison: Comparison) -> str:
 def _machines(comparison: Comparison) -> dict[str, str]:
     """On what the runs were made, and how long they took together."""
     runs = [run for row in comparison.rows for run in row.runs]
-    devices = dict.fromkeys(f"{run['device']}, {run['processes']} process(es)" for run in runs if "processes" in run)
+    found = [(run["device"], run["processes"]) for run in runs if "processes" in run]
+    devices = dict.fromkeys(device if count == 1 else f"{count} × {device}" for device, count in found)
     seconds = sum(run.get("seconds", 0.0) for run in runs)
     spent = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
     return {"device": "; ".join(devices), "training, all runs": spent} if devices else {}

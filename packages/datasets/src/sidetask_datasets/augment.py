@@ -236,7 +236,8 @@ class Motion:
 class _Crops:
     """What a motion that neither turns nor pads does to single images: it chooses columns, and then rows.
 
-    What is to be done to every pixel is done to those that are seen, before they are made more.
+    Columns are chosen in the few bytes that are stored, and what is to be done to every pixel is done before its row is
+    repeated.
     """
 
     def __init__(self, motion: Motion) -> None:
@@ -249,15 +250,19 @@ class _Crops:
     def read(self, index: int, column: Column, row: Tensor, out: Tensor) -> None:
         motion = self.motion[index]
         if self.still[index]:
-            motion.turn_(column.kind, column.expand(row.flip(-1) if self.flip[index] else row, out))
+            column.expand(row.flip(-1) if self.flip[index] else row, out)
+            if self.flip[index]:
+                motion.turn_(column.kind, out)
             return
-        seen = column.expand(row[..., self.rows.seen[index], self.columns.seen[index]])
+        seen = row[..., self.rows.seen[index], self.columns.seen[index]]
         if column.kind == "image":
             (high, low, down), (left, right, across) = self.rows.between(index), self.columns.between(index)
-            wide = torch.lerp(_taken(seen, left, -1), _taken(seen, right, -1), across)
+            wide = _taken(seen, left, -1).float()
+            torch.lerp(wide, _taken(seen, right, -1).float(), across, out=wide)
+            column.expand(wide, wide)
             torch.lerp(_taken(wide, high, -2), _taken(wide, low, -2), down[:, None], out=out)
         else:
-            wide = _taken(motion.turn_(column.kind, seen), self.columns.nearest[index], -1)
+            wide = motion.turn_(column.kind, column.expand(_taken(seen, self.columns.nearest[index], -1)))
             # "clip" writes into `out` without a copy between; there is nothing to be clipped.
             numpy.take(wide.numpy(), self.rows.nearest[index], axis=-2, out=out.numpy(), mode="clip")
 
@@ -271,18 +276,18 @@ class _Side:
     """
 
     def __init__(self, places: Tensor, count: int) -> None:
+        # In numpy, which begins sooner than torch: there are few numbers.
+        exact = places.numpy()
         # As `grid_sample` does at the border.
-        beside = (places - 0.5).clamp_(0, count - 1)
-        before = beside.long()
-        after = (before + 1).clamp_(max=count - 1)
+        beside = (exact - numpy.float32(0.5)).clip(0, count - 1)
+        before = beside.astype(numpy.int64)
+        after = (before + 1).clip(max=count - 1)
         # What is nearest is one of the two.
-        first = before.amin(dim=1, keepdim=True)
-        self.seen = [
-            slice(*ends) for ends in zip(first.flatten().tolist(), (after.amax(dim=1) + 1).tolist(), strict=True)
-        ]
-        self.share = beside - before
-        self.before, self.after = (before - first).numpy(), (after - first).numpy()
-        self.nearest = (places.floor().long().clamp_(0, count - 1) - first).numpy()
+        first = before.min(axis=1)
+        self.seen = [slice(*ends) for ends in zip(first.tolist(), (after.max(axis=1) + 1).tolist(), strict=True)]
+        self.share = torch.from_numpy(beside - before.astype(numpy.float32))
+        self.before, self.after = before - first[:, None], after - first[:, None]
+        self.nearest = numpy.floor(exact).astype(numpy.int64).clip(0, count - 1) - first[:, None]
 
     def between(self, index: int) -> tuple[_Places, _Places, Tensor]:
         """Of an image, as they are counted in what is seen of it: those before, those after, and the share of these."""

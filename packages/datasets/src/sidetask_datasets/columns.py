@@ -95,7 +95,10 @@ class Column:
         return torch.empty(shape, dtype=torch.int64 if integer else torch.float32, device=rows.device)
 
     def expand(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rows of the stored tensor, on any device, as a batch has them: in `out`, or in memory of its own."""
+        """Rows of the stored tensor, on any device, as a batch has them: in `out`, or in memory of its own.
+
+        Images may have been interpolated before, and are then floating; `out` may be these themselves.
+        """
         if out is None:
             out = self.room(len(rows), rows)
         match self.kind:
@@ -105,10 +108,9 @@ class Column:
                 shift = out.new_tensor(self.mean or (0.0,) * channels).view(-1, 1, 1)
                 return out.copy_(rows).mul_(1.0 / (255.0 * scale)).sub_(shift / scale)
             case "classes":
-                # In bytes, 255 + 1 is 0.
-                return out.copy_(rows + 1).sub_(1)
+                return out.copy_(_signed(rows))
             case "binary":
-                return out.copy_((rows + 1).unsqueeze(1)).sub_(1)
+                return out.copy_(_signed(rows).unsqueeze(1))
             case "depth" | "disparity":
                 if rows.is_floating_point():
                     return out.copy_(rows.unsqueeze(1))
@@ -149,7 +151,7 @@ def unit_(vectors: Tensor) -> Tensor:
     """``[n, 3, H, W]`` at length 1, in place; the zero vector, which means unlabelled, stays zero."""
     # By components: a sum over so short a dimension, and a square of its own, take twice as long.
     x, y, z = vectors.unbind(1)
-    inverse = (x * x).addcmul_(y, y).addcmul_(z, z).sqrt_().clamp_(min=1e-12).reciprocal_()
+    inverse = (x * x).addcmul_(y, y).addcmul_(z, z).clamp_(min=1e-24).rsqrt_()
     return vectors.mul_(inverse.unsqueeze(1))
 
 
@@ -161,3 +163,8 @@ def pack_depth(metres: Tensor) -> Tensor:
 def pack_normals(vectors: Tensor) -> Tensor:
     """Unit vectors ``[N, 3, H, W]`` as int16: direction to 0.003°."""
     return (vectors * 32767.0).round().to(torch.int16)
+
+
+def _signed(rows: Tensor) -> Tensor:
+    # In bytes, 255 + 1 is 0. In 16 bits, since what comes of it takes 64.
+    return (rows + 1).to(torch.int16).sub_(1)

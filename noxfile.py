@@ -170,6 +170,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site of docs/ into site/; a link that leads nowhere is an error."""
+    session.install(*PINNED, "-r", "docs/_site/requirements.txt")
+    session.run("mkdocs", "build", "--strict")
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build every package's wheel and source distribution into dist/, and check what they hold."""
     session.install(*PINNED, "build", "hatchling", "pytest", "twine")

@@ -6,8 +6,9 @@
 Two settings, each with its usual augmentation: frames like NYUv2's (288×384, MTAN's arrays in single precision, scale,
 crop and flip of image, classes, depth and normals) and images like CIFAR's (32×32, pad, crop and flip). All are
 measured in turn in every round, after one round that is not counted, so that files are in the page cache and ours are
-decoded: what decoding takes, once, is reported beside. On a CUDA device the loader's batches are copied there, and the
-time of a batch is set against a step of a ResNet-50.
+decoded: what decoding takes, once, is reported beside. Beside the clock's time, which other programs on the machine
+lengthen, is the processor's, for those that work in this process alone. On a CUDA device the loader's batches are
+copied there, and the time of a batch is set against a step of a ResNet-50.
 """
 
 from __future__ import annotations
@@ -160,14 +161,20 @@ def loaded(dataset: Dataset[Any], batch: int, workers: int, device: torch.device
     return epoch
 
 
-def speed(batches: Iterator[Any], batch: int, device: torch.device) -> float:
-    """Images per second over an epoch."""
-    start, count = time.perf_counter(), 0
+def speed(batches: Iterator[Any], batch: int, device: torch.device) -> tuple[float, float]:
+    """Images per second of the clock, and of this process's time on processors, over an epoch."""
+    start, used, count = time.perf_counter(), time.process_time(), 0
     for _ in batches:
         count += batch
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return count / (time.perf_counter() - start)
+    return count / (time.perf_counter() - start), count / (time.process_time() - used)
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "lower quartile": low, "upper quartile": high}
 
 
 def step_seconds(data: Any, device: torch.device) -> float:
@@ -219,21 +226,21 @@ def measure(device: torch.device, rounds: int, root: Path) -> dict[str, Any]:
             runs["ours, streamed"] = ours(data.train.to("cpu").to(device, memory=0), batch)
         for workers in (0, 2):
             runs[f"DataLoader, {workers} workers"] = loaded(theirs[setting], batch, workers, device)
-        speeds: dict[str, list[float]] = {name: [] for name in runs}
+        speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for epoch in range(rounds + 1):
             for name, epochs in runs.items():
                 speeds[name].append(speed(epochs(epoch), batch, device))
-        counted = {name: values[1:] for name, values in speeds.items()}
-        medians = {name: statistics.median(values) for name, values in counted.items()}
-        found[setting] = {
-            "batch": batch,
-            "images per second": medians,
-            "range": {name: [min(values), max(values)] for name, values in counted.items()},
-            "ratio": {name: medians["ours"] / value for name, value in medians.items()},
-            "bytes per image": split.nbytes // len(split),
-        }
+        clock = {name: [wall for wall, _ in values[1:]] for name, values in speeds.items()}
+        # What workers use is not in this process's time.
+        processor = {name: [used for _, used in values[1:]] for name, values in speeds.items() if "2 w" not in name}
+        found[setting] = {"batch": batch, "bytes per image": split.nbytes // len(split)}
+        for unit, values in (("second", clock), ("processor second", processor)):
+            found[setting][f"images per {unit}"] = {name: summary(one) for name, one in values.items()}
+            # Round by round, since what else runs on the machine changes from one to the next.
+            ratios = {name: [a / b for a, b in zip(values["ours"], one, strict=True)] for name, one in values.items()}
+            found[setting][f"ratio per {unit}"] = {name: summary(one) for name, one in ratios.items()}
         if device.type == "cuda":
-            found[setting]["seconds per batch"] = batch / medians["ours"]
+            found[setting]["seconds per batch"] = batch / found[setting]["images per second"]["ours"]["median"]
     found["frames"]["seconds to decode once, per image"] = decoding / (FRAMES + 2)
     if device.type == "cuda":
         step = step_seconds(data, device)
@@ -249,13 +256,19 @@ def table(found: dict[str, Any], about: str) -> str:
         one = found[setting]
         lines += [
             f"\n## {title}, batch {one['batch']}, {one['bytes per image']} bytes per image at rest\n",
-            "| | images per second (lowest, highest) | ours is faster by |",
-            "|---|---|---|",
+            "| | images per second | ours is faster by | images per processor second | ours is faster by |",
+            "|---|---:|---:|---:|---:|",
         ]
-        for name, value in one["images per second"].items():
-            low, high = one["range"][name]
-            lines.append(f"| {name} | {value:.0f} ({low:.0f}, {high:.0f}) | {one['ratio'][name]:.1f} |")
-    lines.append(f"\nDecoding, once: {1e3 * found['frames']['seconds to decode once, per image']:.1f} ms per frame.")
+        for name in one["images per second"]:
+            cells = [name]
+            for unit in ("second", "processor second"):
+                for what, form in ((f"images per {unit}", ".0f"), (f"ratio per {unit}", ".1f")):
+                    value = one[what].get(name)
+                    shown = value and [f"{value[key]:{form}}" for key in ("median", "lower quartile", "upper quartile")]
+                    cells.append(f"{shown[0]} ({shown[1]}–{shown[2]})" if shown else "")
+            lines.append("| " + " | ".join(cells) + " |")
+    lines.append("\nMedians and quartiles over rounds.")
+    lines.append(f"Decoding, once: {1e3 * found['frames']['seconds to decode once, per image']:.1f} ms per frame.")
     if "batch over step" in found["frames"]:
         one = found["frames"]
         lines.append(

@@ -3,12 +3,14 @@
     python benchmarks/operations.py
     python benchmarks/operations.py --write
     python benchmarks/operations.py --transfers --write
+    python benchmarks/operations.py --growth --write
 
 With ``--transfers`` it is counted of the methods that add transfers, for several numbers of tasks, and
-``results/transfers.svg`` draws how it grows, with the times that `step_cost.py` has measured. Counted are the
-convolutions and matrix products of one step in the settings of `step_cost.py`, forward, backward and forward-mode; of
-a method that learns in every fifth step, those of five steps by five. The count is the same on every machine of one
-release of PyTorch.
+``docs/images/transfers.svg`` draws how it grows, with the times that `step_cost.py` has measured; with ``--growth`` it
+is counted and drawn (``docs/images/growth.svg``) of one method of each kind, for classifications with small heads.
+Counted are the convolutions and matrix products of one step in the settings of `step_cost.py`, forward, backward and
+forward-mode; of a method that learns in every fifth step, those of five steps by five. The count is the same on every
+machine of one release of PyTorch.
 """
 
 from __future__ import annotations
@@ -30,7 +32,20 @@ from torch.utils.flop_counter import flop_registry
 
 LIBRARY = "as published"
 TASKS = (3, 5, 7, 9)
+MANY_TASKS = (2, 5, 10, 20, 40)
+# One of each kind: what it reads decides how its cost grows. The others of a kind differ by their solver alone.
+KINDS: dict[str, Any] = {
+    "uncertainty (losses)": "uncertainty",
+    "ial (norms at features)": "ial",
+    "pcgrad (gradients at features)": {"name": "pcgrad", "at": "features"},
+    "pcgrad (gradients over parameters)": {"name": "pcgrad", "at": "parameters"},
+    "autolambda before": {"name": "autolambda"},
+    "autolambda before, sample=2": {"name": "autolambda", "sample": 2},
+    "autolambda after": {"name": "autolambda", "when": "after"},
+    "autolambda online": {"name": "autolambda", "when": "online"},
+}
 RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 class Operations(TorchDispatchMode):
@@ -87,6 +102,39 @@ def of_transfers() -> tuple[list[float], dict[str, list[float]]]:
     return shares, rows
 
 
+def of_kinds() -> dict[str, list[float]]:
+    """The operations of every kind of method, for each of `MANY_TASKS`."""
+    rows: dict[str, list[float]] = {row: [] for row in KINDS}
+    for tasks in MANY_TASKS:
+        setting = classification("cpu", images=2, count=tasks)
+        equal = operations(ours(setting, "equal", "equal"))
+        for row, ratios in rows.items():
+            step = ours(setting, row, KINDS[row])
+            for _ in range(2):
+                step()
+            ratios.append(operations(step) / equal)
+    return rows
+
+
+def draw_kinds(rows: dict[str, list[float]], path: Path) -> None:
+    """How operations grow with the number of tasks, both on logarithmic scales."""
+    figure = Figure(figsize=(6.6, 4.0), layout="constrained")
+    ax: Axes = figure.subplots()
+    for index, (row, ratios) in enumerate(rows.items()):
+        ax.plot(MANY_TASKS, ratios, marker="osD^v<>x"[index % 8], markersize=4, linewidth=1.2, label=row)
+    ax.set_xscale("log")
+    ax.set_yscale("log", base=2)
+    ax.minorticks_off()
+    ax.set_xticks(MANY_TASKS, [str(tasks) for tasks in MANY_TASKS])
+    ticks = [1, 2, 4, 8, 16, 32]
+    ax.set_yticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xlabel("tasks T, classifications with small heads on a ResNet-18")
+    ax.set_ylabel("operations, of equal weighting's step")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def draw(rows: dict[str, list[float]], path: Path) -> None:
     """How operations grow with the number of tasks; dots are measured times."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -112,9 +160,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the figures to benchmarks/results/")
     parser.add_argument("--transfers", action="store_true", help="of the methods that add transfers, and growth")
+    parser.add_argument(
+        "--growth", action="store_true", help="of one method of each kind, for several numbers of tasks"
+    )
     options = parser.parse_args()
     if options.transfers:
         with_transfers(options.write)
+        return
+    if options.growth:
+        growth(options.write)
         return
     # The ratios do not depend on how many images there are.
     settings = [dense("cpu", images=2), classification("cpu", images=2), decoders("cpu", images=2)]
@@ -157,7 +211,21 @@ def with_transfers(write: bool) -> None:
     ]
     report("transfers", lines, {"tasks": TASKS, "shares": many, "rows": transfers}, write)
     if write:
-        draw(transfers, RESULTS / "transfers.svg")
+        draw(transfers, IMAGES / "transfers.svg")
+
+
+def growth(write: bool) -> None:
+    """Count, print, write and draw how one method of each kind grows with the number of tasks."""
+    torch.set_num_threads(1)
+    rows = of_kinds()
+    lines = [
+        "| operations / equal, classification | " + " | ".join(f"T = {tasks}" for tasks in MANY_TASKS) + " |",
+        "|---|" + "---:|" * len(MANY_TASKS),
+        *(f"| {row} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |" for row, ratios in rows.items()),
+    ]
+    report("growth", lines, {"tasks": MANY_TASKS, "rows": rows}, write)
+    if write:
+        draw_kinds(rows, IMAGES / "growth.svg")
 
 
 def report(name: str, lines: Sequence[str], figures: dict[str, Any], write: bool) -> None:

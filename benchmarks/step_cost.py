@@ -188,13 +188,13 @@ def dense(device: str, images: int | None = None) -> Setting:
     return prepared("T = 3, dense", tasks, SplitModel.from_stages(stages, len(stages), heads), batch, device)
 
 
-def classification(device: str, images: int | None = None) -> Setting:
-    """Twenty classification tasks with two-layer heads on a ResNet-18."""
+def classification(device: str, images: int | None = None, count: int = 20) -> Setting:
+    """Twenty classification tasks, or another number, with two-layer heads on a ResNet-18."""
     from sidetask_datasets import tasks as kinds
 
     size, usual = ((64, 64), 8) if device == "cpu" else ((224, 224), 64)
     images = images or usual
-    tasks = [kinds.classification(f"task{i:02}", 5, primary=i == 0) for i in range(20)]
+    tasks = [kinds.classification(f"task{i:02}", 5, primary=i == 0) for i in range(count)]
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     heads = {t.name: nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 5)) for t in tasks}
 
@@ -203,7 +203,7 @@ def classification(device: str, images: int | None = None) -> Setting:
         return Batch(torch.rand(images, 3, *size), targets)
 
     model = SplitModel(nn.Sequential(*resnet_stages(18), pool), heads)
-    return prepared("T = 20, classification", tasks, model, batch, device)
+    return prepared(f"T = {count}, classification", tasks, model, batch, device)
 
 
 def half_shared(device: str, images: int | None = None, tasks: int = 3, size: tuple[int, int] | None = None) -> Setting:

@@ -1,5 +1,6 @@
 """A task's metric class by class of another's labels, against a loop over points; weights of classes in the records."""
 
+import csv
 import json
 import math
 
@@ -8,12 +9,12 @@ import pytest
 import torch
 from sidetask_bench import ExperimentError, compare, load_experiment, report, train
 from sidetask_bench.assemble import make_dataset
-from sidetask_bench.breakdown import Breakdown, by_class
+from sidetask_bench.breakdown import Breakdown, _class_of, by_class
 from sidetask_bench.config import Plugin
 from sidetask_bench.records import by_class as read_by_class
 from sidetask_bench.records import load, shaper_weights
 from sidetask_bench.run import load_run
-from sidetask_core import SplitModel
+from sidetask_core import SplitModel, Task
 from torch import nn
 
 OPTIONS = {"size": [12, 16], "train": 8, "validation": 4, "test": 6, "tasks": ["depth", "segmentation", "normals"]}
@@ -81,6 +82,12 @@ def test_a_continuous_label_is_cut_at_its_edges():
     assert right.any()
 
 
+def test_no_bin_holds_what_is_no_number():
+    task = Task("depth", lambda p, y: (p - y).abs())
+    labels = torch.tensor([0.5, math.nan, 3.0, math.inf])
+    assert _class_of(task, labels, (1.0, 2.0)).tolist() == [0, -1, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("breakdown", "message"),
     [
@@ -124,6 +131,20 @@ def test_a_run_records_it_and_a_report_shows_it(tmp_path):
             _, dataset, net = load_run(folder)
             again = by_class(net, dataset, experiment.breakdown, dataset.test, 4)["depth"]["classes"]
             np.testing.assert_allclose(found.values[row][seed], [again[name] for name in found.classes], rtol=1e-5)
+    # Table and CSV have the means over the seeds, class by class.
+    lines = (tmp_path / "c" / "table.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("## depth absolute ↓ by class of segmentation")
+    assert lines[start + 2] == "| segmentation | single | equal |"
+    assert [line.split(" | ")[0][2:] for line in lines[start + 4 :] if line] == found.classes
+    for c, line in enumerate(lines[start + 4 : start + 4 + len(found.classes)]):
+        for cell, row in zip(line.strip("| ").split(" | ")[1:], ("single", "equal"), strict=True):
+            mean, std = map(float, cell.split(" ± "))
+            values = found.values[row][:, c]
+            np.testing.assert_allclose([mean, std], [values.mean(), values.std(ddof=1)], atol=1e-3)
+    scattered = list(csv.DictReader((tmp_path / "c" / "table.csv").read_text(encoding="utf-8").splitlines()))
+    name = f"absolute, segmentation: {found.classes[0]}"
+    (one,) = [float(line["mean"]) for line in scattered if line["row"] == "equal" and line["metric"] == name]
+    assert one == pytest.approx(found.values["equal"][:, 0].mean())
     curves = shaper_weights(comparison)
     assert curves["single"] == {}
     assert curves["equal"]["segmentation"]["floor"].mean.tolist() == [1.0, 2.0]

@@ -233,6 +233,25 @@ def test_prepare_decodes_once_and_says_what_it_takes(
     assert {path: path.stat().st_mtime_ns for path in arrays} == arrays
 
 
+def test_describe_counts_and_draws(
+    sidetask: Callable[..., Result], frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIDETASK_CACHE", str(tmp_path / "room"))
+    picture = tmp_path / "new" / "sheet.png"
+    options = [f"root={frames}", "tasks=[depth]", "validation=1", "--gallery", picture, "--samples", 2]
+    done = sidetask("describe", "frames", *options)
+    assert done.exit_code == 0, done.output
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in done.output.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["samples"]] == ["3", "1", "2"]
+    assert [cell.strip() for cell in rows["depth: mean"]] == ["1", "2", "2.75"]
+    assert [cell.strip() for cell in rows["depth: unlabelled"]] == ["0.00%"] * 3
+    with Image.open(picture) as sheet:
+        assert sheet.size == (2 * 8 + 4, 5 * 6 + 4 * 4)
+    done = sidetask("describe", "frames", "root=nowhere")
+    assert done.exit_code == 2
+    assert "nowhere: no such folder" in done.output
+
+
 def test_prepare_prints_every_problem_and_has_status_1(sidetask: Callable[..., Result], frames: Path) -> None:
     for path in (frames / "depth" / "3.png", frames / "image" / "5.jpg"):
         path.write_bytes(path.read_bytes()[:40])

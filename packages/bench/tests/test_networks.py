@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -357,3 +358,50 @@ def test_timm_names_what_is_wrong(tmp_path):
         timm(data, model="resnet10t", weights=tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"cut must be in 0\.\.1"):
         timm(data, cut=2)
+
+
+def domains(names=("a", "b", "c")):
+    """A stub whose tasks have inputs of their own."""
+    data = stub(dict.fromkeys(names, 5), (3, 32, 32), dense=False)
+    data.tasks = tuple(replace(task, input=task.name) for task in data.tasks)
+    return data
+
+
+def test_vgg16_normalises_every_domain_by_itself_and_shares_the_rest():
+    data = domains()
+    model = vgg16(data, width=4, hidden=8, by_domain=True)
+    inputs = {name: torch.randn(6, 3, 32, 32) * 3**i + i for i, name in enumerate("abc")}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    model(inputs["b"], ["b"])
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "running" in name or "num_batches" in name} & {
+        name for name in before if ".norms.b." in name
+    }
+    plain = vgg16(data, width=4, hidden=8)
+    convolutions = [m for m in model.shared.modules() if type(m) is nn.Conv2d]
+    assert len(convolutions) == 13 == len([m for m in plain.shared.modules() if type(m) is nn.Conv2d])
+    # With one domain it is the plain network.
+    alone = vgg16(domains("a"), width=4, hidden=8, by_domain=True)
+    plain = vgg16(domains("a"), width=4, hidden=8)
+    state = {
+        name.replace("shared.encoder.", "shared.").replace(".norms.a", ""): v for name, v in alone.state_dict().items()
+    }
+    plain.load_state_dict(state)
+    for mode in (True, False):
+        torch.testing.assert_close(
+            alone.train(mode)(inputs["a"], ["a"])["a"], plain.train(mode)(inputs["a"], ["a"])["a"], rtol=0, atol=0
+        )
+    with pytest.raises(ValueError, match="an input is of one domain; tasks a, b are of a, b"):
+        model(inputs["a"], ["a", "b"])
+    with pytest.raises(ValueError, match="its tasks have their input in common"):
+        vgg16(stub(LABELS, (3, 32, 32), dense=False), by_domain=True)
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+def test_vgg16_of_domains_splits_anywhere(cut):
+    model = vgg16(domains(), cut=cut, width=4, hidden=0, by_domain=True)
+    for name in "abc":
+        assert model(torch.randn(2, 3, 32, 32), [name])[name].shape == (2, 5)
+    shared = [name for name, _ in model.shared.named_parameters() if ".norms." in name]
+    assert len(shared) == (2 * 3 * 4 if cut else 0)  # two stages of two norms, three domains, scale and shift

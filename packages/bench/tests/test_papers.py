@@ -1,10 +1,11 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sidetask_bench import ExperimentError, compare, load_experiment, papers
+from sidetask_bench import ExperimentError, compare, load_experiment, papers, tables
 from sidetask_bench.cli import app
 from sidetask_bench.document import dump
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ PAPER = {
     "source": "A. Author 2020, Table 1",
     "size": "big pictures, 200 epochs",
     "improvement": {"equal": 6.4},
-    "time": {"equal": 1.0},
+    "time": {"equal": [1.0, 1.2]},
 }
 
 
@@ -35,8 +36,9 @@ def test_each_size_has_its_own_columns(pair: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     text = (runs / "saal-small" / "paper.md").read_text()
     assert text.splitlines()[2] == "|  | improvement, paper | here, small | time, paper | here, small |"
+    assert re.search(r"\| equal \| .* \| 1\.00 to 1\.20 \| 1\.00 \|", text), text
     assert "Paper: A. Author 2020, Table 1; big pictures, 200 epochs." in text
-    assert "Here, small: digits (train 48, validation 20, test 24), small, 1 epochs, 2 seeds" in text
+    assert "Here, small: digits (train 48, validation 20, test 24), small (widths 4×8), 1 epochs, 2 seeds" in text
     found = json.loads((runs / "saal-small" / "comparison.json").read_text())
     (equal,) = (row for row in found["rows"] if row["name"] == "equal")
     mean = f"{equal['improvement']['mean']:+.1f}".replace("-", "−")
@@ -79,3 +81,33 @@ def load_plain(path: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = read(path)
     return found
+
+
+def test_relations_are_made_for_a_table_that_reads_them(pair: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    reads = {"name": "saal-e", "relations": str(runs / "saal-small" / "relations" / "relations.json")}
+    path = pair.with_name("saal-small.yaml")
+    content = load_plain(path)
+    content["rows"]["saal-e"] = {"method": reads}
+    content["network"]["cut"] = 1
+    path.write_text(dump(content))
+    # The small one by its own name: it is what is run, not the other.
+    result = CliRunner().invoke(app, ["table", str(path), "--runs", str(runs)])
+    assert result.exit_code == 0, result.output
+    assert Path(reads["relations"]).exists()
+    assert not (runs / "saal").exists()
+    assert "| saal-e | " in (runs / "saal-small" / "paper.md").read_text()
+    _, small = papers.sizes(path)
+    assert not papers.needs_relations(small, runs)
+    assert papers.needs_relations(small, tmp_path / "elsewhere") is False
+
+
+def test_time_is_in_units_of_equal_weighting_under_any_name(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    rows = {"single": {"network": {"cut": 0}}, "shared": {}, "rlw": {"method": "rlw"}}
+    found = compare(load_experiment(tiny(rows=rows)), tmp_path / "runs")
+    seconds = {row["name"]: row["seconds_per_step"] for row in found["rows"]}
+    assert tables.unit(found) == seconds["shared"]
+    text = (tmp_path / "runs" / "table.md").read_text()
+    assert " × equal |" in text
+    assert f"| {seconds['rlw'] / seconds['shared']:.2f} |" in text
+    assert tables.unit({**found, "rows": found["rows"][:1]}) is None

@@ -479,7 +479,10 @@ def test_a_front_is_a_line_through_its_rows_and_better_is_to_the_upper_right(tmp
     np.testing.assert_allclose(points, [means[row] for row in ("single", "p2", "p0", "p1")])
     (front,) = (line.get_xydata() for line in axes.lines if len(line.get_xydata()) == 3)
     np.testing.assert_allclose(front, [means[row] for row in ("p2", "p0", "p1")])
-    assert {text.get_text() for text in axes.texts} == {"single", "pareto"}
+    assert {text.get_text(): text.xy for text in axes.texts if text.get_text() in "012"} == {
+        row[1]: pytest.approx(means[row]) for row in ("p2", "p0", "p1")
+    }
+    assert {text.get_text() for text in axes.texts} == {"single", "pareto", *"012"}
     text = report.write(tmp_path, pictures()).read_text(encoding="utf-8")
     assert "pareto (p2, p0, p1)." in text
     assert (tmp_path / "pictures" / "trade_offs.png").is_file()

@@ -117,6 +117,22 @@ def test_an_interrupted_run_ends_as_if_it_had_not(
     assert outcome(tmp_path / "resumed") == outcome(tmp_path / "whole")
 
 
+def test_a_checkpoint_of_other_packages_is_refused_and_loses_nothing(load: Loader, tmp_path: Path) -> None:
+    config = load("training.epochs=2").run(None, 0)
+    train(config, tmp_path / "run")
+    path = tmp_path / "run/checkpoint.pt"
+    (tmp_path / "run/result.json").unlink()
+    record = torch.load(path, weights_only=True)
+    record["trainer"]["step"].popitem()
+    torch.save(record, path)
+    with (tmp_path / "run/weights.jsonl").open("ab") as file:
+        file.write(b'{"step": 99}\n')  # of steps after the checkpoint
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("metrics.jsonl", "weights.jsonl")}
+    with pytest.raises(ExperimentError, match=r"checkpoint\.pt does not fit the installed packages.*--overwrite"):
+        train(config, tmp_path / "run")
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+
+
 def test_rows_of_one_seed_start_alike_and_see_the_same_data(load: Loader) -> None:
     def first_losses(seed: int, *changes: str) -> list[dict[str, float]]:
         experiment = load(*changes)
@@ -333,3 +349,28 @@ def test_an_auxiliary_task_of_the_data_is_judged_but_not_counted(load, tmp_path)
     _, _, model = load_run(tmp_path / "one")
     head = sum(p.numel() for p in model.heads["bottom_right"].parameters())
     assert result["parameters"] == both["parameters"] - head
+
+
+def test_the_last_epochs_are_averaged_also_over_a_kill(
+    load: Loader, tiny: Callable[..., Path], tmp_path: Path, python: Any, outcome: Any
+) -> None:
+    changes = ["training.select=last", "training.average=2"]
+    config = load(*changes).run(None, 0)
+    result = train(config, tmp_path / "whole")
+    data = make_dataset(config.dataset)
+    alone = []
+    for epochs in (2, 3):
+        trainer = Trainer(config, data, CPU)
+        for _ in range(epochs):
+            list(trainer.steps())
+            trainer.end_epoch()
+        alone.append(evaluate(trainer.step.model, data.tasks, data.test, 8))
+    for task, metrics in result["test"].items():
+        for name, value in metrics.items():
+            assert value == pytest.approx((alone[0][task][name] + alone[1][task][name]) / 2, abs=1e-12)
+    # The second epoch is evaluated, and then the run dies in its third.
+    sets = [word for change in changes for word in ("--set", change)]
+    done = python("-c", KILLED, "backward:14", str(tmp_path / "killed"), str(tiny()), *sets)
+    assert done.returncode == 0, done.stderr
+    train(config, tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")

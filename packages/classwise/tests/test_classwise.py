@@ -10,12 +10,14 @@ import torch
 from sidetask_classwise import Bins, ClassWise
 from sidetask_classwise.classwise import classwise
 from sidetask_core import Batch, Method, MissingKey, SplitModel, Step, Task
+from sidetask_core.derivative import NoForwardDerivative
 from sidetask_core.plugins import make_method
 from sidetask_core.testing import close, conformance, gradients, in_two_processes
 from torch import nn
 from torch.nn import functional
 
 BINS = [-0.5, 0.3]
+NAMES = ("depth", "seg", "other")
 LR = 0.05
 RATE = 0.1
 
@@ -435,18 +437,9 @@ def test_no_class_is_what_is_not_labelled_and_a_label_beyond_the_last_is_an_erro
             found[name] = shaper.adam.updates
             assert shaper.weights.max() < 2
         assert torch.equal(found["masked"], found["ignored"])
-        for epoch, passes in ((1, True), (2, False)):
-            shaper = ClassWise("depth", "seg", ["wall", "floor", "bed"], estimator=estimator, warmup=2)
-            step = Step(dense_model(), tasks, Method(shapers={"seg": shaper}))
-            optimizer = torch.optim.SGD(step.parameters(), lr=RATE)
-            step.epoch = epoch
-            if passes:
-                step.backward(data[0], validation=probe, optimizer=optimizer)
-            else:
-                with pytest.raises(
-                    ValueError, match="labels beyond its 3 classes, wall to bed; negative labels and 255"
-                ):
-                    step.backward(data[0], validation=probe, optimizer=optimizer)
+        shaper = ClassWise("depth", "seg", ["wall", "floor", "bed"], estimator=estimator)
+        with pytest.raises(ValueError, match="labels beyond its 3 classes, wall to bed; negative labels and 255"):
+            run(shaper, data[:1], tasks=tasks, probe=probe)
     many = ClassWise("depth", "seg", 300)
     many.weights = torch.arange(300.0)
     assert many(torch.ones(3), torch.tensor([255, 299, -1])).tolist() == [255, 299, 1]
@@ -470,6 +463,156 @@ def test_what_a_lookahead_needs_is_asked_for_in_the_first_step_not_after_the_war
         shaper = ClassWise("depth", "seg", 4, estimator="lookahead", probe=probe, warmup=20)
         with pytest.raises(ValueError, match=message):
             Step(dense_model(), dense_tasks(), Method(shapers={"seg": shaper})).backward(batch)
+
+
+def first_errors(main, options=None, heads=None):
+    """Two steps within the warm-up."""
+    tasks, model, (batch,) = [main, dense_tasks()[1]], dense_model(), dense_batches(1)
+    shaper = ClassWise("depth", "seg", **{"classes": 4, "warmup": 1, **(options or {})})
+    step = Step(SplitModel(model.shared, {**model.heads, **(heads or {})}), tasks, Method(shapers={"seg": shaper}))
+    optimizer = torch.optim.SGD(step.parameters(), lr=RATE)
+    for _ in range(2):
+        step.backward(batch, validation=batch, optimizer=optimizer)
+
+
+LOOKAHEADS = [{"estimator": "lookahead"}, {"estimator": "lookahead", "probe": "next"}]
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, *LOOKAHEADS, {**LOOKAHEADS[0], "every": 2}], ids=str)
+def test_labels_beyond_the_classes_are_refused_during_the_warm_up(options):
+    with pytest.raises(ValueError, match="task 'seg' has labels beyond its 3 classes"):
+        first_errors(dense_tasks()[0], options={**options, "classes": 3})
+
+
+def test_labels_beyond_the_classes_are_refused_when_they_come():
+    """A class that is rare may be missing from the first batches."""
+    for options in ({}, *LOOKAHEADS):
+        first, second = dense_batches(2)
+        first.targets["seg"].clamp_(max=2)
+        shaper = ClassWise("depth", "seg", 3, warmup=9, **options)
+        run(shaper, [first, first], probe=first)
+        with pytest.raises(ValueError, match="beyond its 3 classes"):
+            run(shaper, [first, first, second], probe=first)
+        assert (shaper.weights == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "objectives", "error", "message"),
+    [
+        (lambda p, y: (p - y).abs().mean(), (), ValueError, "its loss returned a scalar"),
+        (lambda p, y: {"u": p - y, "v": y - p}, ("u", "v"), MissingKey, "its objectives are: u, v"),
+        (lambda p, y: (p - y).abs().mean(dim=(1, 2, 3)), (), ValueError, r"element losses of task 'depth' \[3\]"),
+        (lambda p, y: (p - y).abs().repeat(1, 1, 2, 2), (), ValueError, r"'depth' \[3, 1, 10, 12\]"),
+    ],
+    ids=["scalar", "objectives", "per picture", "another resolution"],
+)
+def test_a_main_loss_that_has_no_classes_is_refused_during_the_warm_up(loss, objectives, error, message):
+    main = Task("depth", loss, objectives=objectives)
+    with pytest.raises(error, match=f"{message}.*; a difference wants the main loss by class, which estimator"):
+        first_errors(main)
+    for options in LOOKAHEADS:
+        first_errors(main, options=options)
+
+
+@pytest.mark.parametrize("options", LOOKAHEADS, ids=str)
+def test_what_a_lookahead_cannot_differentiate_is_refused_during_the_warm_up(options):
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2
+
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(6, 4, 1).double()
+
+        def forward(self, x):
+            return Backward.apply(self.conv(x))
+
+    with pytest.raises(NoForwardDerivative, match=r"without jvp .*use mode 'difference'"):
+        first_errors(dense_tasks()[0], options=options, heads={"seg": Doubled()})
+    first_errors(dense_tasks()[0], options={**options, "mode": "difference"}, heads={"seg": Doubled()})
+
+
+@pytest.mark.parametrize("options", [{}, *LOOKAHEADS], ids=str)
+def test_the_first_look_changes_nothing(options):
+    """Parameters and weights, bit for bit, and a run that is resumed within the warm-up does not look again."""
+    data = dense_batches(5)
+    found = []
+    for looks in (True, False):
+        shaper = ClassWise("depth", "seg", 4, warmup=1, lr=LR, **options)
+        shaper.checked = not looks
+        step, path = run(shaper, data[:4], probe=data[4])
+        assert (path[-1] == 1).all()
+        assert shaper.checked
+        assert shaper.batches == 0
+        found.append([*step.model.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    again = ClassWise("depth", "seg", 4, warmup=1, lr=LR, **options)
+    again.load_state_dict(shaper.state_dict())
+    assert again.checked
+    others = ClassWise("depth", "seg", list("abcd"), warmup=1, lr=LR, **options)
+    others.load_state_dict(shaper.state_dict())
+    assert not others.checked
+
+
+def test_a_list_of_numbers_is_no_list_of_labels():
+    """Edges between bins of a continuous label, which whole numbers are taken for, are none of a segmentation."""
+    (batch,) = dense_batches(1)
+    for classes in ([0, 1, 2], Bins([0.5, 1.5])):
+        step = Step(dense_model(), dense_tasks(), Method(shapers={"seg": ClassWise("depth", "seg", classes)}))
+        with pytest.raises(
+            TypeError, match=r"task 'seg': bins, .* need continuous labels, found torch\.int64; give the"
+        ):
+            step.backward(batch)
+
+
+def test_quantiles_are_those_of_each_auxiliarys_labels():
+    tasks = [*dense_tasks(), Task("other", absolute, valid=lambda y: y > 0.5, primary=False)]
+    generator = torch.Generator().manual_seed(0)
+    train = {name: [torch.rand(2, 9, generator=generator) * k for _ in range(50)] for k, name in enumerate(NAMES, 1)}
+    method = classwise(
+        tasks,
+        main="seg",
+        auxiliary=["depth", "other"],
+        classes={"by": "quantile", "bins": 4},
+        labels=lambda name: [*train[name], None],
+    )
+    for name, task in (("depth", tasks[0]), ("other", tasks[2])):
+        assert torch.equal(
+            method.shapers[name].edges, torch.tensor(Bins.quantile(train[name], 4, valid=task.valid).edges)
+        )
+    with pytest.raises(ValueError, match=r"quantiles are fitted on labels: give Bins\.quantile\(labels, bins\)"):
+        classwise(tasks[:2], main="seg", auxiliary="depth", classes={"by": "quantile", "bins": 4})
+    with pytest.raises(ValueError, match="quantiles are given as by and bins, not as"):
+        classwise(tasks[:2], classes={"by": "quantile", "low": 0, "bins": 4}, main="seg", labels=train.get)
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_a_first_window_is_the_mean_of_what_was_there(window):
+    """With the next batch as probe, the first look finds nothing."""
+    data = dense_batches(window)
+    shaper = ClassWise("depth", "seg", 4, estimator="lookahead", probe="next", warmup=0, window=window)
+    shaper.adam.betas = (0.0, 0.999)
+    run(shaper, data, model=at_rest(dense_model()))
+    every = ClassWise("depth", "seg", 4, estimator="lookahead", probe="next", warmup=0)
+    every.adam.betas = (0.0, 0.999)
+    every.adam.lr = 1e-300
+    firsts = []
+    step = Step(at_rest(dense_model()), dense_tasks(), Method(shapers={"seg": every}))
+    optimizer = torch.optim.SGD(step.parameters(), lr=RATE)
+    for batch in data:
+        optimizer.zero_grad()
+        step.backward(batch, optimizer=optimizer)
+        optimizer.step()
+        firsts.append(every.adam.first.clone())
+    assert not firsts[0].any()
+    close(shaper.adam.first, torch.stack(firsts[1:]).mean(dim=0), "mean derivative")
 
 
 def share(rank, world, estimator, probe):
@@ -584,7 +727,7 @@ def test_methods_by_name_and_slot_by_slot():
         ({"classes": ["a", "a"]}, "distinct"),
         ({"classes": ["a", 1.0]}, "classes are a number, names or bins"),
         ({"classes": [2.0, 1.0]}, "ascending"),
-        ({"classes": {"by": "quantile", "low": 0, "high": 1, "bins": 3}}, "by \\(uniform or log\\)"),
+        ({"classes": {"by": "cubic", "low": 0, "high": 1, "bins": 3}}, "by \\(uniform or log\\)"),
         ({"classes": {"by": "log", "low": 0, "high": 1, "bins": 3}}, "lie above 0"),
         ({"main": "seg", "auxiliary": "seg"}, "cannot be the main task and its own auxiliary"),
     ],

@@ -152,3 +152,63 @@ def test_what_is_needed_is_said():
         step = Step(model, tasks, Method(encoder=Ones(tasks, read)))
         with pytest.raises(ValueError, match="cannot be compared between tasks with different inputs"):
             step.backward(drawn(batch, "a", "ab"))
+
+
+class Scaled(nn.Module):
+    """An encoder that treats the input of each domain in a way of its own."""
+
+    reads_tasks = True
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+        self.scale = nn.ParameterDict({name: nn.Parameter(torch.full((), 1.5 + i)) for i, name in enumerate(NAMES)})
+
+    def forward(self, x, tasks):
+        (name,) = tasks
+        return self.inside(x * self.scale[name].to(x))
+
+
+def scaled(split):
+    model = problem(split, names=NAMES)
+    model.shared = Scaled(model.shared)
+    return model
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_encoder_is_told_who_reads(method, split):
+    tasks, model = domains(), scaled(split)
+    step = Step(model, tasks, METHODS[method](tasks))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for whole in batches(2, names=NAMES):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        batch = drawn(whole, NAMES)
+        optimizer.zero_grad()
+        step.backward(batch, validation=batch, optimizer=optimizer)
+        hand = scaled(split)
+        hand.load_state_dict(before, strict=False)
+        hand.train()
+        losses = [
+            task.mean(hand(batch.inputs[n], [n])[n], batch.targets[n])[0] for n, task in zip(NAMES, tasks, strict=True)
+        ]
+        sum(losses).backward()
+        expected = gradients(hand)
+        assert any(name.startswith("shared.scale.") for name in expected)
+        for name, gradient in gradients(model).items():
+            close(gradient, expected[name], name)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_who_reads_is_known_when_a_step_looks_ahead(split):
+    found = []
+    for mode in ("exact", "difference"):
+        tasks, model = domains(), scaled(split)
+        rule = Ones(tasks, lambda s, mode=mode: s.lookahead(torch.ones_like(s.losses), mode=mode))
+        step = Step(model, tasks, Method(encoder=rule))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        one, probe = (drawn(batch, NAMES) for batch in batches(2, names=NAMES))
+        step.backward(one, validation=probe, optimizer=optimizer)
+        found.append(rule.seen[0][0])
+    torch.testing.assert_close(*found, rtol=5e-3, atol=1e-6)

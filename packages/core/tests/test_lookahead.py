@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from sidetask_core import Batch, Equal, Method, MissingKey, SplitModel, Step, Task, Weighting
-from sidetask_core.lookahead import NoForwardDerivative
+from sidetask_core.derivative import NoForwardDerivative
 from sidetask_core.testing import (
     SPLITS,
     batches,

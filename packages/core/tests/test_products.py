@@ -1,12 +1,14 @@
 """Products that a step has computed are not computed once more, and what is made of them is what it was."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from sidetask_core import Batch, Method, Shaper, SplitModel, Step, Task, Weighting, passes, products
 from sidetask_core.testing import close
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -150,13 +152,14 @@ def test_from_a_product_that_is_another_one_on_all_are_computed():
     first, second, third = nn.Linear(3, 3), nn.Linear(3, 4), nn.Linear(4, 4)
     x = torch.randn(2, 3)
     with torch.no_grad():
-        with products.Noted() as noted:
+        names = products.named(nn.ModuleList([first, second, third]))
+        with products.Noted(names) as noted:
             third(second(first(x)))
-        with products.Reused(noted.found):
+        with products.Reused(noted.found, names):
             assert first(x) is noted.found[0].value
             assert torch.equal(third(x.new_ones(2, 4)), functional.linear(x.new_ones(2, 4), third.weight, third.bias))
             assert torch.equal(second(x), functional.linear(x, second.weight, second.bias))
-        with products.Reused(noted.found):
+        with products.Reused(noted.found, names):
             for layer, one in zip((first, second, third), noted.found, strict=True):
                 assert layer(torch.zeros(2, layer.in_features)) is one.value
 
@@ -165,9 +168,9 @@ def test_what_was_written_over_or_cannot_be_watched_is_computed():
     layer, x = nn.Linear(3, 3), torch.randn(2, 3)
     for run in (lambda: layer(x).relu_(), torch.inference_mode()(lambda: layer(x))):
         with torch.no_grad():
-            with products.Noted() as noted:
+            with products.Noted(products.named(layer)) as noted:
                 run()
-            with products.Reused(noted.found):
+            with products.Reused(noted.found, products.named(layer)):
                 assert torch.equal(layer(x), functional.linear(x, layer.weight, layer.bias))
             assert not noted.found[0].intact
 
@@ -277,3 +280,110 @@ def test_what_a_transform_runs_is_left_to_it():
                 step.backward(batch, validation=batch, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
             found.append(asking.found[-1])
     close(found[0], found[1], 1e-12)
+
+
+class Shuffled(nn.Module):
+    """Three layers of one shape, of which some are left out: in the runs after the first, the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.left_out = itertools.cycle([2, 0])
+
+    def forward(self, x):
+        left_out = next(self.left_out)
+        for k, layer in enumerate(self.layers):
+            x = x if k == left_out else layer(x).tanh()
+        return x
+
+
+class Compiled(nn.Module):
+    """Layers before, in and behind a function that was compiled by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.compiled = torch.compile(self.inside, backend="aot_eager")
+
+    def inside(self, x):
+        return functional.linear(x, self.inner.weight, self.inner.bias).tanh()
+
+    def forward(self, x):
+        return self.first(self.compiled(self.first(x)))
+
+
+# Torch's own, from looking at whatever a function that it compiles is given.
+looks_at_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@looks_at_grad
+@pytest.mark.parametrize("way", ASK)
+@pytest.mark.parametrize("encoder", [Shuffled, Compiled])
+def test_values_of_another_layer_are_never_taken(encoder, way, monkeypatch):
+    """Where a second run goes another way, through shapes that are the same."""
+
+    def found():
+        torch.manual_seed(0)
+        model = SplitModel(encoder(), {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}).double()
+        shaper = Asking(ASK[way])
+        step = Step(model, tasks(), Method(shapers={"b": shaper}))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(1)
+        for _ in range(5):
+            x, y = torch.randn(2, 6, 4, dtype=torch.float64)
+            optimizer.zero_grad()
+            step.backward(Batch(x, {"a": y, "b": y}), validation=Batch(x + 1, {"a": y}), optimizer=optimizer)
+            optimizer.step()
+        return shaper.found[1:]
+
+    reused = found()
+    monkeypatch.setattr("sidetask_core.passes.can_be_noted", lambda model: False)
+    for one, expected in zip(reused, found(), strict=True):
+        close(one, expected, "slopes", rtol=1e-10)
+    assert expected.abs().max() > 1e-6
+
+
+@looks_at_grad
+def test_a_function_is_compiled_once_with_and_once_without_a_look():
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.manual_seed(0)
+    encoder = Compiled()
+    encoder.compiled = torch.compile(encoder.inside, backend=counter)
+    model = SplitModel(encoder, {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}).double()
+    step = Step(model, tasks(), Method(shapers={"b": Asking(ASK["back"])}))
+    optimizer, counts = torch.optim.SGD(model.parameters(), lr=0.1), []
+    x, y = torch.randn(2, 6, 4, dtype=torch.float64)
+    for _ in range(6):
+        step.backward(Batch(x, {"a": y, "b": y}), optimizer=optimizer)
+        counts.append(counter.frame_count)
+    assert counts[0] == 1
+    assert counts[-1] <= 2
+
+
+@pytest.mark.parametrize("way", [*ASK, "progress", "weights"])
+def test_a_network_that_writes_over_its_input_cannot_be_run_again(way):
+    """Its input would be another one, and so would the derivative, without anything to show for it."""
+
+    class Scaling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.lin(x.mul_(0.5)).tanh()
+
+    class Weighing(Weighting):
+        def forward(self, signals):
+            found = signals.progress() if way == "progress" else signals.lookahead(torch.ones(2))
+            return torch.ones(2) if way == "progress" or found is None else found
+
+    ones = Method(shapers={"b": Asking(ASK[way])}) if way in ASK else Method(encoder=Weighing(tasks()))
+    model = SplitModel(Scaling(), {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    x, y = torch.randn(2, 6, 4)
+    step = Step(model, tasks(), ones)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="writes over its input in place; let it work on a copy"):
+        step.backward(Batch(x, {"a": y, "b": y}), validation=Batch(x.clone(), {"a": y}), optimizer=optimizer)
+    plain = Step(model, tasks())
+    plain.backward(Batch(x, {"a": y, "b": y}))

@@ -212,12 +212,67 @@ def test_stored_labels_move_as_expanded_ones_do():
         kinds = {name: column.kind for name, column in columns.items()}
         _, moved = augmentation(torch.zeros(4, 1, 6, 8), read, kinds, numbers)
         for name, column in columns.items():
-            torch.testing.assert_close(motion.target(column, column.data), moved[name])
+            torch.testing.assert_close(motion.read(column, column.data), moved[name])
         # A wall twice as near has twice the disparity.
         torch.testing.assert_close(
-            motion.turned("disparity", torch.ones(4, 1, 6, 8)) * motion.turned("depth", torch.ones(4, 1, 6, 8)),
+            motion.turn_("disparity", torch.ones(4, 1, 6, 8)) * motion.turn_("depth", torch.ones(4, 1, 6, 8)),
             torch.ones(4, 1, 6, 8),
         )
+
+
+def large_columns(count=9):
+    generator = torch.Generator().manual_seed(2)
+
+    def integers(low, high, *shape, dtype):
+        return torch.randint(low, high, (count, *shape), dtype=dtype, generator=generator)
+
+    return {
+        "image": Column(integers(0, 256, 3, 47, 61, dtype=torch.uint8), "image", (0.4, 0.5, 0.6), (0.2, 0.3, 0.2)),
+        "classes": Column(integers(0, 256, 47, 61, dtype=torch.uint8), "classes"),
+        "binary": Column(integers(0, 2, 47, 61, dtype=torch.uint8), "binary"),
+        "depth": Column(torch.rand(count, 47, 61, generator=generator), "depth"),
+        "disparity": Column(integers(-9999, 9999, 47, 61, dtype=torch.int16), "disparity", scale=1 / 1024),
+        "normals": Column(integers(-99, 99, 3, 47, 61, dtype=torch.int8), "normals"),
+        "tokens": Column(torch.rand(count, 5, 46, 60, generator=generator).half(), "tokens"),
+        "label": Column(integers(0, 9, dtype=torch.int16), "label"),
+    }
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scales": (1.0,)}, {"scales": (1.7,)}, {"rotation": 30.0}, {"pad": 3}], ids=str
+)
+def test_images_one_by_one_are_those_of_a_batch(options):
+    columns = large_columns()
+    stored = {name: column.data.clone() for name, column in columns.items()}
+    augmentation = Augmentation(**({"scales": (1.0,)} | options if "pad" in options else options))
+    motion = augmentation.motion(draws.uniform(draws.key(5), torch.arange(9), augmentation.draws), (47, 61))
+    for name, column in columns.items():
+        together = motion.read(column, column.data)
+        alone = column.room(9, column.data)
+        for index in range(9):
+            motion.read_one(index, column, column.data[index : index + 1], alone[index : index + 1])
+        if name == "image":
+            torch.testing.assert_close(alone, together, rtol=0, atol=2e-4)
+        else:
+            assert torch.equal(alone, together), name
+        assert torch.equal(column.data, stored[name])
+
+
+def test_a_batch_that_is_kept_stays_as_it_is():
+    columns = large_columns()
+    split = ResidentSplit(columns.pop("image"), columns, Augmentation())
+    kept = list(split.batches(3, epoch=1))
+    copies = [{"": batch.inputs.clone(), **{k: v.clone() for k, v in batch.targets.items()}} for batch in kept]
+    for epoch in range(3):
+        for batch in split.batches(3, epoch=epoch):
+            batch.inputs.zero_()
+            for target in batch.targets.values():
+                target.zero_()
+    for batch, copy in zip(kept, copies, strict=True):
+        assert torch.equal(batch.inputs, copy.pop(""))
+        assert all(torch.equal(batch.targets[name], target) for name, target in copy.items())
+    again = next(split.batches(3, epoch=1))
+    assert torch.equal(again.inputs, kept[0].inputs)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,39 @@ def test_a_killed_preparation_goes_on(folder, own_cache):
     assert "a0" not in reads(folder)
 
 
+def part_of(folder, own_cache):
+    """A preparation that was stopped after all but one of its chunks; what is written down of it."""
+    source = make(folder, ["a"])
+    (folder / "a39").write_text("oops")
+    with pytest.raises(DataErrors):
+        prepare(source, jobs=1)
+    (folder / "a39").write_text("39")
+    reads(folder)
+    (done,) = own_cache.rglob("done.jsonl")
+    return done
+
+
+def test_what_is_done_is_written_down_in_a_line_each(folder, own_cache):
+    lines = [json.loads(line) for line in part_of(folder, own_cache).read_text().splitlines()]
+    assert lines[0]["splits"] == {"train": 40, "test": 30}
+    assert [chunk for chunk, _ in lines[1:]] == ["train 0 32", "test 0 30"]
+
+
+@pytest.mark.parametrize("end", ['["train 32 40', '["train 32 40", 7]\n', "\x00\xff", '{"a": 1}\n'])
+def test_an_end_that_was_cut_short_is_not_believed(folder, own_cache, end):
+    done = part_of(folder, own_cache)
+    done.write_bytes(done.read_bytes() + end.encode("latin1"))
+    check(prepare(make(folder, ["a"])))
+    assert set(reads(folder)) == {f"a{i}" for i in range(32, 40)}
+
+
+def test_a_beginning_that_cannot_be_read_is_none(folder, own_cache):
+    done = part_of(folder, own_cache)
+    done.write_bytes(b"\xff" + done.read_bytes())
+    check(prepare(make(folder, ["a"])))
+    assert len(reads(folder)) == COUNT
+
+
 def test_a_wrong_shape_is_named(folder):
     source = make(folder, ["a"])
     rows = {split: [{"a": (row["a"][0],)} for row in samples] for split, samples in source.splits.items()}

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sidetask_datasets.columns import Column, pack_depth, pack_normals, unit
+from sidetask_datasets.columns import Column, pack_depth, pack_normals, unit_
 
 
 def test_depth_survives_to_the_millimetre_over_the_whole_range():
@@ -12,7 +12,7 @@ def test_depth_survives_to_the_millimetre_over_the_whole_range():
 
 
 def test_normals_survive_to_a_hundredth_of_a_degree():
-    vectors = unit(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    vectors = unit_(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
     vectors[0, :, 0, 0] = 0
     read = Column(pack_normals(vectors), "normals").read(torch.tensor([0, 1]))
     angle = torch.rad2deg(2 * ((read - vectors).norm(dim=1) / 2).asin())

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from sidetask_datasets import digits, draws
-from sidetask_datasets.digits import SHIFT, SIZE, TILE, _pairs, _place, _scans
+from sidetask_datasets.digits import ATTRIBUTES, SHIFT, SIZE, TASKS, TILE, _pairs, _place, _scans
 
 
 def test_two_digits_overlap_by_the_brighter_pixel():
@@ -90,3 +90,31 @@ def test_all_digits_occur_at_both_places():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         digits(**options)
+
+
+def test_attributes_follow_from_both_digits():
+    names = [*TASKS, *ATTRIBUTES]
+    data = digits(400, 20, 20, tasks=names)
+    batch = data.train[:]
+    left, right = batch.targets["top_left"].tolist(), batch.targets["bottom_right"].tolist()
+    expected = {
+        "top_left_even": [a % 2 == 0 for a in left],
+        "top_left_large": [a > 4 for a in left],
+        "top_left_round": [a in (0, 6, 8, 9) for a in left],
+        "bottom_right_even": [b % 2 == 0 for b in right],
+        "bottom_right_large": [b > 4 for b in right],
+        "bottom_right_round": [b in (0, 6, 8, 9) for b in right],
+        "same_parity": [(a + b) % 2 == 0 for a, b in zip(left, right, strict=True)],
+        "top_left_larger": [a > b for a, b in zip(left, right, strict=True)],
+        "large_sum": [a + b > 9 for a, b in zip(left, right, strict=True)],
+    }
+    assert expected.keys() == ATTRIBUTES.keys()
+    for name, holds in expected.items():
+        assert batch.targets[name].tolist() == [int(one) for one in holds]
+        assert 0.3 < sum(holds) / len(holds) < 0.7
+        assert (data.outputs[name], data.views[name].classes) == (2, ("no", "yes"))
+
+
+def test_clothes_have_no_attributes(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown task 'large_sum'; there are: top_left, bottom_right$"):
+        digits(source="fashion", root=tmp_path, tasks=["large_sum"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ from sidetask_bench.schema import ExperimentError, first_line, unknown
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
+
+# Samples whose labels are looked at together.
+_AT_ONCE = 16
 
 
 def make_dataset(plugin: Plugin) -> Dataset:
@@ -57,12 +61,19 @@ def make_step(config: RunConfig, dataset: Dataset) -> Step:
     """
     model = make_model(config, dataset)
     with blaming("method", config.method):
-        method = plugins.make_method(config.method, dataset.tasks)
+        method = plugins.make_method(config.method, dataset.tasks, functools.partial(_labels, dataset))
         step = Step(model, dataset.tasks, method)
         for module in step.modules():
             if isinstance(module, Rule):
                 module.generator.manual_seed(module.generator.initial_seed() + config.seed)
     return step
+
+
+def _labels(dataset: Dataset, name: str) -> Iterator[Any]:
+    """The labels of a task over the training split, as they are without augmentation."""
+    (task,) = [task for task in dataset.tasks if task.name == name]
+    for batch in dataset.train.batches(_AT_ONCE, shuffle=False, augment=False, drop_last=False):
+        yield batch.target_of(task)
 
 
 @contextlib.contextmanager

@@ -66,7 +66,8 @@ def by_class(
 ) -> dict[str, dict[str, Any]]:
     """The headline metric of each task over the points of each class of another task's labels, over all of a split.
 
-    Points without a class count nowhere. A class without a labelled point has NaN.
+    Points without a class count nowhere, nor do those where a continuous label is NaN. A class without a labelled
+    point has NaN.
 
     Returns:
         For each task, ``{"by": task, "classes": {class: value}}``.
@@ -101,7 +102,10 @@ def _class_of(task: Task, labels: Tensor, edges: Sequence[float]) -> Tensor:
     """The class of every label, −1 where there is none."""
     if not isinstance(labels, Tensor):
         raise MissingKey(f"the labels of task {task.name!r} are no tensor, so that nothing can be broken down by them")
-    place = torch.bucketize(labels, labels.new_tensor(edges), right=True) if edges else labels.long()
+    place = labels.long()
+    if edges:
+        bins = torch.bucketize(labels.contiguous(), labels.new_tensor(edges), right=True)
+        place = torch.where(labels.isnan(), -1, bins)
     return place if task.valid is None else torch.where(task.valid(labels), place, -1)
 
 

@@ -16,14 +16,15 @@ from rich.table import Table
 from sidetask_core import StepFailure, parallel, plugins
 
 from sidetask_bench import document, tables
+from sidetask_bench.assemble import make_dataset
 from sidetask_bench.compare import compare as run_comparison
-from sidetask_bench.config import Experiment, load_experiment
+from sidetask_bench.config import Experiment, Plugin, load_experiment
 from sidetask_bench.label import label as write_labels
 from sidetask_bench.prepare import prepare as decode
 from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_bench.run import train as run_training
 from sidetask_bench.runtime import cores, processes
-from sidetask_bench.schema import ExperimentError
+from sidetask_bench.schema import ExperimentError, plain
 from sidetask_bench.workers import Pool
 
 app = typer.Typer(
@@ -133,14 +134,21 @@ def paper_table(
     jobs: Jobs = 1,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run a paper's table, or go on with it, and print it beside the paper's figures, each size in its own columns."""
+    """Run a paper's table, or go on with it, and print it beside the paper's figures, each size in its own columns.
+
+    Relations that its rows read from its own folder are enumerated first, if they are not there.
+    """
     from sidetask_bench import papers
 
     sizes = papers.sizes(experiment, assignments or ())
-    chosen = sizes[-1 if small else 0]
+    chosen = sizes[-1 if small or Path(experiment).stem.endswith(papers.SMALL) else 0]
     words = ["sidetask", "table", experiment, *(word for each in assignments or () for word in ("--set", each))]
     command = shlex.join([*words, "--small"] if small else words)
     console = _console()
+    if papers.needs_relations(chosen, runs):
+        from sidetask_bench.relations import enumerate_relations  # here, because matplotlib is slow to import
+
+        enumerate_relations(chosen, runs / chosen.name / "relations", jobs=jobs, display=_display(console))
     failed = _compare(chosen, runs / chosen.name, jobs, overwrite, command, console)
     if parallel.rank() == 0:
         table = papers.Table.of(sizes, runs)
@@ -179,7 +187,7 @@ def prepare_dataset(
     root: Annotated[Path, typer.Argument(help="Where its files are.")],
     options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its options.")] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", help="Processes that decode; one for each core if not given.", min=1)
+        int | None, typer.Option("--jobs", "-j", help="Processes that decode; threads of one if not given.", min=1)
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Where caches are kept; else SIDETASK_CACHE or ~/.cache.")] = None,
 ) -> None:
@@ -188,7 +196,7 @@ def prepare_dataset(
 
     given = document.override({}, options or ())
     try:
-        found = decode(dataset, root, given, jobs=jobs or cores(), cache=cache)
+        found = decode(dataset, root, given, jobs=jobs, cache=cache)
     except DataErrors as error:
         for problem in error.problems:
             typer.echo(f"error: {problem}", err=True)
@@ -200,6 +208,38 @@ def prepare_dataset(
         table.add_row(split, str(count), *map(str, found.bytes.values()), str(sum(found.bytes.values())))
     console.print(table)
     console.print(f"cache: {found.folder}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command("describe")
+@_reported
+def describe_dataset(
+    dataset: Annotated[str, typer.Argument(help="The name of a data set.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its options.")] = None,
+    gallery: Annotated[Path | None, typer.Option(help="A PNG that gets samples of every split.")] = None,
+    samples: Annotated[int, typer.Option(help="So many of each split.", min=1)] = 3,
+) -> None:
+    """Count the samples and labels of a data set, and draw some: to be looked at before it is believed."""
+    # Here, because what it imports is slow to.
+    from PIL import Image
+    from sidetask_datasets import describe, sheet
+
+    data = make_dataset(Plugin(dataset, document.override({}, options or ())))
+    found = describe(data)
+    console = _console()
+    splits = {name: getattr(data, name) for name in ("train", "validation", "test")}
+    table = Table("", *splits)
+    table.add_row("samples", *(str(len(split)) for split in splits.values()))
+    for task, labels in found.items():
+        table.add_section()
+        numbers = data.views[task].kind in ("scalar", "normals", "vector")
+        for value in labels["train"]:
+            form = "{:.4g}" if numbers and value != "unlabelled" else "{:.2%}"
+            table.add_row(f"{task}: {value}", *(form.format(labels[split][value]) for split in splits))
+    console.print(table)
+    if gallery is not None:
+        gallery.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet(data, samples)).save(gallery, format="PNG")
+        console.print(f"gallery: {gallery}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command("label")
@@ -272,6 +312,40 @@ def relations(
     _leave_out(found.failed if estimated is None else estimated.failed)
 
 
+@app.command()
+@_reported
+def grouping(
+    experiment: Source,
+    assignments: Assignments = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="A row to set beside them; may be repeated. Default: all.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="The folder of all trainings.")] = None,
+    runs: Runs = Path("runs"),
+    jobs: Jobs = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train every combination of tasks with equal weights, beside rows that learn weights; finished runs are kept."""
+    from sidetask_bench.grouping import compare_groupings  # here, because matplotlib is slow to import
+
+    loaded = load_experiment(experiment, assignments or ())
+    console = _console()
+    folder = folder or runs / loaded.name / "grouping"
+    found = compare_groupings(loaded, folder, rows=row, jobs=jobs, overwrite=overwrite, display=_display(console))
+    table = Table("improves on the task alone by %", *found.tasks)
+    for entry in found.entries:
+        cells = []
+        for task in found.tasks:
+            change = entry.improvement.get(task, {"mean": None, "std": None})
+            shown = tables.with_deviation(change["mean"], change["std"], tables.IMPROVEMENT_PLACES, sign=True)
+            cells.append(f"{shown} *" if found.best.get(task) == entry.name else shown)
+        table.add_row(entry.name, *cells)
+    console.print(table)
+    console.print("* the combination that is best for the task on the validation split")
+    console.print(f"grouping: {folder / 'grouping.png'}", soft_wrap=True, markup=False, highlight=False)
+    _leave_out(found.failed)
+
+
 def _matrix(title: str, tasks: Sequence[str], values: Any) -> Table:
     table = Table(title, *tasks)
     for source, row in zip(tasks, values.tolist(), strict=True):
@@ -284,6 +358,26 @@ def _leave_out(failed: Mapping[str, str]) -> None:
         typer.echo(f"left out: {names}: {error}", err=True)
     if failed:
         raise typer.Exit(1)
+
+
+@app.command("control")
+@_reported
+def control_weights(
+    experiment: Source,
+    row: Annotated[str, typer.Option(help="Whose weights learn.")],
+    of: Annotated[str, typer.Option(help="Whose trained networks stand still under them.")],
+    assignments: Assignments = None,
+    folder: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Let a row's weights learn where they cannot matter, on networks that do not change: what is left is chance."""
+    from sidetask_bench.control import control, table
+
+    loaded = load_experiment(experiment, assignments or ())
+    folder = folder or runs / loaded.name
+    console = _console()
+    console.print(table(control(loaded, folder, row=row, of=of)))
+    console.print(f"weights: {folder / f'control-{row}.json'}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command("watch")
@@ -311,6 +405,13 @@ def rewrite_report(folder: Annotated[Path, typer.Argument(help="Of a comparison.
     if not (folder / "comparison.json").is_file():
         raise ExperimentError(f"{folder} has no comparison.json; sidetask compare writes it")
     _say_report(folder, _console())
+
+
+@app.command("show")
+@_reported
+def show_experiment(experiment: Source, assignments: Assignments = None) -> None:
+    """Print an experiment whole, with what it extends, the overrides, and the defaults."""
+    typer.echo(document.dump(plain(load_experiment(experiment, assignments or ()))), nl=False)
 
 
 @app.command("list")

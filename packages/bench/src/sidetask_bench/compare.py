@@ -105,7 +105,7 @@ def summarize(
     baseline = experiment.baseline or next(iter(runs))
     if baseline not in results:
         raise ExperimentError(f"no run of the baseline row {baseline!r} finished; there is nothing to compare with")
-    reference = _by_metric([run["test"] for run in results[baseline]], fmean)
+    reference = mean_of_runs([run["test"] for run in results[baseline]])
     rows = []
     for name, row_results in results.items():
         tests = [run["test"] for run in row_results]
@@ -115,7 +115,7 @@ def summarize(
                 "method": runs[name][0].method,
                 "network": plain(runs[name][0].network),
                 "runs": [dict(run) for run in row_results],
-                "mean": _by_metric(tests, fmean),
+                "mean": mean_of_runs(tests),
                 "std": _by_metric(tests, deviation),
                 "improvement": improvements(tests, reference, dataset.tasks, experiment.improvement),
                 "seconds_per_step": fmean(run["seconds_per_step"] for run in row_results),
@@ -198,6 +198,11 @@ def versions_of_runs(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str],
             runs.setdefault(of_run.get(name, "unknown"), []).append(run)
     mixed = {name: runs for name, runs in found.items() if len(runs) > 1}
     return {name: ", ".join(runs) for name, runs in found.items()}, mixed
+
+
+def mean_of_runs(tests: Sequence[Results]) -> dict[str, dict[str, Any]]:
+    """The mean of every metric; None for one that is undefined in a run."""
+    return _by_metric(tests, fmean)
 
 
 def _by_metric(tests: Sequence[Results], reduce: Any) -> dict[str, dict[str, Any]]:

@@ -134,7 +134,8 @@ class Training:
     `accumulate` micro-batches are averaged. `clip` bounds the norm of the whole gradient. `device: auto` is CUDA
     where there is one. `deterministic` asks CUDA for repeatable kernels; on the CPU they are repeatable anyway.
     `select: best` tests the epoch with the best validation score (`sidetask_bench.evaluate.score`), and of tasks that
-    share no parameter each one's own best (`sidetask_bench.selection`); `last` tests the last one.
+    share no parameter each one's own best (`sidetask_bench.selection`); `last` tests the last one, and with `average`
+    the last so many, of which the test metrics are means (the literature's choice where nothing is held out).
     Methods that look ahead want to do well on batches of the split `lookahead`; its training batches are not those of
     the step. A checkpoint is written after every epoch, and every `checkpoint_every` optimizer steps if given.
     With `gradients`, the conflict between the tasks' gradients is recorded at some of the steps, which changes no other
@@ -150,12 +151,19 @@ class Training:
     clip: float | None = limited(None, above=0)
     accumulate: int = limited(1, minimum=1)
     select: Literal["best", "last"] = "best"
+    average: int = limited(1, minimum=1)
     lookahead: Literal["validation", "train"] = "validation"
     checkpoint_every: int | None = limited(None, minimum=1)
     gradients: Gradients | None = None
     device: str = "auto"
     threads: int | None = limited(None, minimum=1)
     deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.average > 1 and self.select == "best":
+            raise ValueError("average is of the last epochs; it needs select: last")
+        if self.average > self.epochs:
+            raise ValueError(f"average is of {self.average} epochs, and there are {self.epochs}")
 
 
 @dataclass(frozen=True)
@@ -189,16 +197,42 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A figure, or the lowest and the highest of several."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def from_plain(cls, data: Any, path: str) -> Span:
+        """Read ``1.01`` or ``[1.26, 1.46]``."""
+        if isinstance(data, list | tuple):
+            low, high = build(tuple[float, float], data, path)
+            if low > high:
+                raise wrong(path, "the lowest figure first", data)
+            return cls(low, high)
+        value = build(float, data, path)
+        return cls(value, value)
+
+    def to_plain(self) -> float | list[float]:
+        """One number, or both."""
+        return self.low if self.low == self.high else [self.low, self.high]
+
+
+@dataclass(frozen=True)
 class Paper:
     """What a paper reports of an experiment's rows, to be shown beside what they give here.
 
-    `improvement` is in percent over the paper's single-task learning, `time` a step's in units of equal weighting's.
+    `improvement` is in percent over the paper's single-task learning, `time` a step's in units of equal weighting's:
+    numbers, or ``[lowest, highest]``. Rows without one are those of which the figure is not known. `note` is shown with
+    them.
     """
 
     source: str
     size: str
-    improvement: Mapping[str, float] = field(default_factory=dict)
-    time: Mapping[str, float] = field(default_factory=dict)
+    improvement: Mapping[str, Span] = field(default_factory=dict)
+    time: Mapping[str, Span] = field(default_factory=dict)
+    note: str = ""
 
 
 ROW_KEYS = ("network", "method", "training")
@@ -259,7 +293,10 @@ class Experiment:
         options = {key: value for key, value in self.dataset.options.items() if key not in ("root", "cache")}
         data = ", ".join(f"{key} {_short(value)}" for key, value in options.items())
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
-        return f"{self.dataset.name} ({data}), {self.network.name}, {self.training.epochs} epochs, {seeds}"
+        net = ", ".join(f"{key} {_short(value)}" for key, value in self.network.options.items() if key != "weights")
+        network = f"{self.network.name} ({net})" if net else self.network.name
+        named = f"{self.dataset.name} ({data})" if data else self.dataset.name
+        return f"{named}, {network}, {self.training.epochs} epochs, {seeds}"
 
     def run(self, row: str | None, seed: int) -> RunConfig:
         """The run of one row and seed; row None (or ``base``) is the experiment without any row's changes.
@@ -340,7 +377,11 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return "×".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, Mapping):
+        return str(value["name"]) if "name" in value else " and ".join(value)
+    if isinstance(value, list | tuple):
+        return (" and " if all(isinstance(item, str) for item in value) else "×").join(map(str, value))
+    return str(value)
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sidetask_bench.schema import ExperimentError, as_mapping, join, unknown
+from sidetask_bench.schema import ExperimentError, as_mapping, join, unknown, wrong
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -100,9 +100,42 @@ def presets() -> dict[str, str]:
 def read(source: str | Path) -> dict[str, Any]:
     """The document of an experiment: a path to a YAML file, or the name of a preset.
 
+    A document with ``extends: NAME``, or several in a list, is laid over those, each over the ones before it (`lay`). A
+    name is that of a preset, or a path from the folder of the file.
+
     Raises:
-        ExperimentError: if there is neither, or the file is not a mapping.
+        ExperimentError: if there is neither, the file is not a mapping, or it extends itself.
     """
+    return _extended(source, ())
+
+
+def lay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """One experiment over another: each key is merged (`merge`); a breakdown, fronts and a paper are replaced.
+
+    >>> nyuv2 = {"name": "nyuv2", "training": {"epochs": 200, "batch_size": 4}, "rows": {"equal": {}}}
+    >>> lay(nyuv2, {"name": "nyuv2-small", "training": {"epochs": 2}, "rows": {"dwa": {"method": "dwa"}}})["training"]
+    {'epochs': 2, 'batch_size': 4}
+    """
+    whole = {"breakdown", "fronts", "paper"}
+    return {**_copy(below), **{k: merge(below[k], v) if k in below and k not in whole else v for k, v in above.items()}}
+
+
+def _extended(source: str | Path, through: tuple[str, ...]) -> dict[str, Any]:
+    if str(source) in through:
+        raise ExperimentError(f"{through[0]}: extends: leads from {source} back to {source}")
+    document = _one(source)
+    names = document.pop("extends", [])
+    below: dict[str, Any] = {}
+    for name in [names] if isinstance(names, str) else names if isinstance(names, list) else [names]:
+        if not isinstance(name, str):
+            raise wrong("extends", "the name of a preset or file, or a list of them", names)
+        beside = Path(source).parent / name
+        below = lay(below, _extended(beside if beside.is_file() else name, (*through, str(source))))
+    return lay(below, document)
+
+
+def _one(source: str | Path) -> dict[str, Any]:
+    """A document by itself."""
     path = Path(source)
     if path.is_file():
         try:

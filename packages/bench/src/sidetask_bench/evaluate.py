@@ -50,6 +50,18 @@ def evaluate(model: SplitModel, tasks: Sequence[Task], split: Split, batch_size:
     return {name: {key: float(metric.compute()) for key, metric in group.items()} for name, group in metrics.items()}
 
 
+def mean_results(results: Sequence[Results]) -> Results:
+    """The mean of every metric over several evaluations; NaN where one is.
+
+    >>> mean_results([{"depth": {"absolute": 0.5}}, {"depth": {"absolute": 0.7}}])
+    {'depth': {'absolute': 0.6}}
+    """
+    return {
+        task: {name: math.fsum(one[task][name] for one in results) / len(results) for name in metrics}
+        for task, metrics in results[0].items()
+    }
+
+
 def score(results: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> float:
     """How good an epoch's validation is, for choosing one: higher is better.
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich import table as rich
 
-from sidetask_bench import storage, tables
-from sidetask_bench.config import Experiment, Paper, load_experiment
+from sidetask_bench import document, storage, tables
+from sidetask_bench.config import Experiment, Paper, Span, load_experiment
 from sidetask_bench.schema import ExperimentError, plain
 
-_SMALL = "-small"
+SMALL = "-small"
 
 
 def sizes(source: str | Path, assignments: Iterable[str] = ()) -> list[Experiment]:
@@ -29,8 +29,8 @@ def sizes(source: str | Path, assignments: Iterable[str] = ()) -> list[Experimen
     """
     path = Path(source)
     stem = path.name.removesuffix(path.suffix) if path.suffix in (".yaml", ".yml") else path.name
-    full = stem.removesuffix(_SMALL)
-    names = [path.with_name(path.name.replace(stem, name, 1)) for name in (full, full + _SMALL)]
+    full = stem.removesuffix(SMALL)
+    names = [path.with_name(path.name.replace(stem, name, 1)) for name in (full, full + SMALL)]
     found = [load_experiment(str(name), assignments) for name in names]
     for experiment in found:
         if experiment.paper is None:
@@ -38,6 +38,14 @@ def sizes(source: str | Path, assignments: Iterable[str] = ()) -> list[Experimen
                 f"{experiment.name} has no key paper: it is not a paper's table; use sidetask compare"
             )
     return found
+
+
+def needs_relations(experiment: Experiment, runs: Path) -> bool:
+    """Whether rows read the relations that ``sidetask relations`` would write here, and they are not there."""
+    path = runs / experiment.name / "relations" / "relations.json"
+    methods = [config[0].method for config in experiment.runs(experiment.seeds[:1]).values()]
+    asked = [value for method in methods for key, value in document.flatten({"": method}).items() if "relations" in key]
+    return not path.exists() and any(isinstance(value, str) and Path(value) == path for value in asked)
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,8 @@ class Table:
     def caption(self) -> str:
         """What each column was run at."""
         parts = ["Improvement in % over single-task learning; time of a step in units of equal's."]
-        parts += [f" Paper: {self.paper.source}; {self.paper.size}."]
+        note = f" {self.paper.note}" if self.paper.note else ""
+        parts += [f" Paper: {self.paper.source}; {self.paper.size}.{note}"]
         parts += [f" Here, {title}: {size}." for title, size in self.columns]
         return "".join(parts)
 
@@ -100,22 +109,25 @@ class Table:
         head += ["time, paper", *(f"here, {title}" for title, _ in self.columns)]
         found = [{row["name"]: row for row in comparison["rows"]} for comparison in self.comparisons]
         rows = []
+        units = [tables.unit(comparison) for comparison in self.comparisons]
         for name in self.rows:
-            cells = [_figure(self.paper.improvement.get(name), 1, sign=True)]
+            cells = [_span(self.paper.improvement.get(name), 1, sign=True)]
             for comparison in found:
                 change = comparison[name]["improvement"] if name in comparison else {"mean": None, "std": None}
                 cells.append(tables.with_deviation(change["mean"], change["std"], 1, sign=True))
-            cells.append(_figure(self.paper.time.get(name), 2))
-            for comparison in found:
-                both = name in comparison and "equal" in comparison
-                ratio = comparison[name]["seconds_per_step"] / comparison["equal"]["seconds_per_step"] if both else None
-                cells.append(_figure(ratio, 2))
+            cells.append(_span(self.paper.time.get(name), 2))
+            for comparison, unit in zip(found, units, strict=True):
+                there = name in comparison and unit is not None
+                cells.append(tables.number(comparison[name]["seconds_per_step"] / unit if there else None, 2))
             rows.append([name, *cells])
         return head, rows
 
 
-def _figure(value: float | None, places: int, *, sign: bool = False) -> str:
-    return tables.number(value, places, sign=sign)
+def _span(span: Span | None, places: int, *, sign: bool = False) -> str:
+    if span is None:
+        return tables.number(None, places)
+    ends = [tables.number(value, places, sign=sign) for value in dict.fromkeys([span.low, span.high])]
+    return " to ".join(ends)
 
 
 def _as_json(experiment: Experiment) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +17,9 @@ from sidetask_bench import shapes
 from sidetask_bench.drawing import LIGHT, Mark, Panel, of_row, short, signed
 from sidetask_bench.records import ByClass, Comparison, Curve, RowRecord, TaskRecord
 from sidetask_bench.shapes import SOURCE_TARGET, Bar, End, Matrix
+
+if TYPE_CHECKING:
+    from sidetask_bench.grouping import Entry, Groupings
 
 # Between source and target in the name of a transfer, a task that a method has added.
 ARROW = "→"
@@ -188,12 +192,45 @@ def _trade_off(
                 of_row(artist, places[row])
             words = "; ".join(f"{task.name} {value}" for task, value in zip(tasks, said, strict=True))
             marks.append(Mark(float(x), float(y), f"{row}: {words}", places[row]))
+        # Rows of a front by what sets them apart, a number often.
+        alike = len(os.path.commonprefix(rows)) if len(rows) > 1 else None  # noqa: RUF071 (letters are wanted)
+        for row, point in zip(rows if alike is not None else [], means, strict=False):
+            name_of_point = ax.annotate(
+                short(row[alike:]),
+                point,
+                (4, 4),
+                textcoords="offset points",
+                color=look["color"],
+                fontsize=8,
+                weight="bold",
+            )
+            of_row(name_of_point, places[row])
         # A front is named at the end that is nearer to the names.
         end = max(means, key=lambda point: -point[0] if ax.xaxis.get_inverted() else point[0])
         row_of_name = places[name] if name in alone else None
         ends.append(End(name, float(end[0]), float(end[1]), look["color"], row_of_name))
     shapes.name_ends(ax, ends)
     return marks
+
+
+def grouping_panels(found: Groupings) -> list[Panel]:
+    """What a task gains in every combination of tasks and by every method: bars in percent, a panel for each task."""
+    panels = []
+    for task in found.tasks:
+        entries = [entry for entry in found.entries if task in entry.improvement]
+        names = [_beside(entry, task, found.best.get(task)) for entry in entries]
+        bars = [_bar(entry.improvement[task]) for entry in entries]
+        draw = partial(shapes.bars, names=names, values=bars, label="improvement on the task alone (%)")
+        left = 0.2 + 0.085 * max(len(short(name)) for name in names)
+        panels.append(Panel(task, draw, _in_words(names, bars), left, 0.15))
+    return panels
+
+
+def _beside(entry: Entry, task: str, best: str | None) -> str:
+    """What trains beside a task: other tasks, or a method on all of them; a star where that is best."""
+    others = [name for name in entry.name.split("+") if name != task]
+    name = entry.name if entry.learned else "+".join(others) or "alone"
+    return f"* {name}" if entry.name == best else name
 
 
 def relations_panel(tasks: Sequence[str], improvement: Matrix) -> Panel:

@@ -135,20 +135,27 @@ class Finished:
         folder, outcome = self.runs[group]
         if "error" in outcome:
             raise StepFailure(outcome["error"])
-        chosen = outcome["epoch"]
-        found: dict[str, dict[str, float]] = {}
-        for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
-            record = json.loads(line)
-            for name, metrics in record["validation"].items():
-                if record["epoch"] == (chosen[name] if isinstance(chosen, dict) else chosen):
-                    found[name] = {key: float("nan") if value is None else value for key, value in metrics.items()}
-        return found
+        return {
+            name: {key: float("nan") if value is None else value for key, value in metrics.items()}
+            for name, metrics in chosen_validation(folder, outcome).items()
+        }
 
 
-def run_of(base: RunConfig, tasks: Sequence[str]) -> RunConfig:
-    """The run that trains these tasks, all of them primary, on a shared bottom."""
+def chosen_validation(folder: Path, outcome: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """A run's validation metrics at its chosen epoch, or each task's at its own; None for what is undefined."""
+    chosen = outcome["epoch"]
+    found: dict[str, dict[str, float | None]] = {}
+    for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
+        record = json.loads(line)
+        epochs = chosen if isinstance(chosen, dict) else dict.fromkeys(record["validation"], chosen)
+        found |= {name: metrics for name, metrics in record["validation"].items() if record["epoch"] == epochs[name]}
+    return found
+
+
+def run_of(base: RunConfig, tasks: Sequence[str], *, shared_bottom: bool = True) -> RunConfig:
+    """The run that trains these tasks, all of them primary, on a shared bottom or on the network as it is."""
     options = {key: value for key, value in base.dataset.options.items() if key != "primary"}
-    network = {key: value for key, value in base.network.options.items() if key != "cut"}
+    network = {key: value for key, value in base.network.options.items() if key != "cut" or not shared_bottom}
     return replace(
         base,
         row="+".join(tasks),

@@ -29,7 +29,7 @@ from sidetask_bench import breakdown, runtime, storage
 from sidetask_bench.assemble import make_dataset, make_model
 from sidetask_bench.config import RunConfig, changed_keys, load_run_config
 from sidetask_bench.document import dump
-from sidetask_bench.evaluate import evaluate, score
+from sidetask_bench.evaluate import evaluate, mean_results, score
 from sidetask_bench.progress import Display
 from sidetask_bench.schema import ExperimentError, plain
 from sidetask_bench.selection import Selection
@@ -152,6 +152,7 @@ class _Run:
         self.judged = self.trainer.step.model.restricted_to([task.name for task in data.tasks])
         self.selection = Selection(folder / "best.pt", self.judged, data.tasks, config.training.select == "best")
         self.seconds = self.epoch_seconds = 0.0
+        self.tests: list[dict[str, Any]] = []  # of the epochs before the last that are averaged
         self.name = config.label
         self._restore()
 
@@ -222,6 +223,8 @@ class _Run:
             if coefficients := trainer.named_coefficients():
                 record["coefficients"] = coefficients
             self.metrics.append({**record, "seconds": round(self.epoch_seconds, 3)})
+            if training.epochs - training.average <= epoch < training.epochs - 1:
+                self.tests.append(evaluate(self.judged, tasks, self.data.test, self._batch_size()))
         self.epoch_seconds = 0.0
         self._save()
         runtime.barrier()
@@ -232,7 +235,7 @@ class _Run:
         model.load_state_dict(best["model"])
         cuda = self.device.type == "cuda"
         return {
-            "test": evaluate(model, self.data.tasks, self.data.test, self._batch_size()),
+            "test": mean_results([*self.tests, evaluate(model, self.data.tasks, self.data.test, self._batch_size())]),
             "by_class": breakdown.by_class(model, self.data, self.config.breakdown, self.data.test, self._batch_size()),
             "epoch": best["epoch"],
             "score": best["score"],
@@ -269,6 +272,7 @@ class _Run:
             "metrics": self.metrics.size(),
             "weights": self.weights.size(),
             "selection": self.selection.state(),
+            "tests": self.tests,
             "seconds": self.seconds,
             "epoch_seconds": self.epoch_seconds,
         }
@@ -279,12 +283,19 @@ class _Run:
         record: dict[str, Any] = storage.read_tensors(path) if path.exists() else {"metrics": 0, "weights": 0}
         if record.get("format", _FORMAT) != _FORMAT:
             raise ExperimentError(f"{path} was written by another version of sidetask-bench; --overwrite the run")
+        if "trainer" in record:
+            try:
+                self.trainer.load_state(record["trainer"])
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ExperimentError(
+                    f"{path} does not fit the installed packages, which may be of other versions than those that wrote "
+                    f"it; --overwrite the run to train it anew: {error}"
+                ) from error
+            self.selection.load_state(record["selection"])
+            self.tests = record.get("tests", [])
+            self.seconds, self.epoch_seconds = record["seconds"], record["epoch_seconds"]
+        # Nothing is cut from a run that cannot go on.
         if self.main:
             self.metrics.cut(record["metrics"])
             self.weights.cut(record["weights"])
         runtime.barrier()
-        if "trainer" not in record:
-            return
-        self.trainer.load_state(record["trainer"])
-        self.selection.load_state(record["selection"])
-        self.seconds, self.epoch_seconds = record["seconds"], record["epoch_seconds"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 from rich.table import Table
@@ -25,15 +27,66 @@ def terminal(comparison: Mapping[str, Any]) -> Table:
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
-    """Every metric of every task, as a Markdown table."""
+    """Every metric of every task, as a Markdown table; one more for each task whose metric is broken down by class."""
     head, rows = _cells(comparison, headline=False)
     lines = [f"# {comparison['name']}", "", line(head), line(["---"] + ["---:"] * (len(head) - 1))]
     lines += [line(row) for row in rows]
-    return "\n".join([*lines, "", _caption(comparison), *mixed_versions(comparison["mixed_versions"]), ""])
+    lines += ["", _caption(comparison), *mixed_versions(comparison["mixed_versions"]), ""]
+    for broken in by_class(comparison):
+        arrow = "↑" if broken.higher_is_better else "↓"
+        lines += [f"## {broken.task} {broken.metric} {arrow} by class of {broken.by}", ""]
+        lines += [line([broken.by, *broken.rows]), line(["---"] + ["---:"] * len(broken.rows))]
+        for name, values in broken.classes.items():
+            places = decimals(mean for mean, _ in values)
+            lines.append(line([name, *(with_deviation(mean, std, places) for mean, std in values)]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A task's headline metric by class of another task's labels: means and deviations over the seeds.
+
+    `classes` has for each class a pair of every row, both None where a run has no point of it; those that no run has
+    are left out.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    by: str
+    rows: list[str]
+    classes: dict[str, list[tuple[float | None, float | None]]]
+
+
+def by_class(comparison: Mapping[str, Any]) -> list[Broken]:
+    """What the runs found class by class, for each task that was broken down."""
+    rows = comparison["rows"]
+    found = []
+    for task, about in rows[0]["runs"][0].get("by_class", {}).items():
+        (metrics,) = [one["metrics"] for one in comparison["tasks"] if one["name"] == task]
+        metric, info = next(iter(metrics.items()))
+        classes = {}
+        for name in about["classes"]:
+            seeds = [[run["by_class"][task]["classes"][name] for run in row["runs"]] for row in rows]
+            values = [_mean_and_deviation(of_row) for of_row in seeds]
+            if any(mean is not None for mean, _ in values):
+                classes[name] = values
+        found.append(
+            Broken(task, metric, info["higher_is_better"], about["by"], [row["name"] for row in rows], classes)
+        )
+    return found
+
+
+def _mean_and_deviation(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known or len(known) < len(values):
+        return None, None
+    return fmean(known), stdev(known) if len(known) > 1 else None
 
 
 def csv_text(comparison: Mapping[str, Any]) -> str:
-    """One line per row and metric: mean, standard deviation, number of seeds; unrounded."""
+    """One line per row and metric, or class: mean, standard deviation, number of seeds; unrounded."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["row", "task", "metric", "mean", "std", "seeds"])
@@ -46,6 +99,11 @@ def csv_text(comparison: Mapping[str, Any]) -> str:
             writer.writerow([row["name"], task, "improvement %", change["mean"], change["std"], seeds])
         change = row["improvement"]
         writer.writerow([row["name"], "", "improvement %", change["mean"], change["std"], seeds])
+    for broken in by_class(comparison):
+        for name, values in broken.classes.items():
+            metric = f"{broken.metric}, {broken.by}: {name}"
+            for row, (mean, std) in zip(comparison["rows"], values, strict=True):
+                writer.writerow([row["name"], broken.task, metric, mean, std, len(row["runs"])])
     return out.getvalue()
 
 
@@ -96,6 +154,20 @@ def with_deviation(mean: float | None, std: float | None, places: int, *, sign: 
     return shown if mean is None or std is None else f"{shown} ± {number(std, places)}"
 
 
+def unit(comparison: Mapping[str, Any]) -> float | None:
+    """Seconds of a step of equal weighting on the experiment's own network; None if no row is that.
+
+    >>> rows = [{"name": "shared", "method": "equal", "network": {"name": "small"}, "seconds_per_step": 0.2}]
+    >>> unit({"rows": rows, "config": {"network": {"name": "small"}}})
+    0.2
+    """
+    network = comparison.get("config", {}).get("network")
+    for row in comparison["rows"]:
+        if row["name"] == "equal" or (row["method"] in ("equal", {"name": "equal"}) and row["network"] == network):
+            return float(row["seconds_per_step"])
+    return None
+
+
 def _cells(comparison: Mapping[str, Any], headline: bool) -> tuple[list[str], list[list[str]]]:
     columns = [
         (task["name"], metric, info["higher_is_better"])
@@ -105,6 +177,8 @@ def _cells(comparison: Mapping[str, Any], headline: bool) -> tuple[list[str], li
     arrows = {True: " ↑", False: " ↓", None: ""}
     head = ["", *(f"{task} {metric}{arrows[higher]}" for task, metric, higher in columns)]
     head += [f"improvement %{arrows[comparison['higher_is_better']]}", "ms/step"]
+    equal = unit(comparison)
+    head += ["× equal"] if equal else []
     wanted = max(len(row["runs"]) for row in comparison["rows"])
     places = [decimals(row["mean"][task][metric] for row in comparison["rows"]) for task, metric, _ in columns]
     rows = []
@@ -117,13 +191,16 @@ def _cells(comparison: Mapping[str, Any], headline: bool) -> tuple[list[str], li
         ]
         change = row["improvement"]
         cells.append(with_deviation(change["mean"], change["std"], IMPROVEMENT_PLACES, sign=True))
-        rows.append([name, *cells, f"{1000 * row['seconds_per_step']:.1f}"])
+        seconds = row["seconds_per_step"]
+        rows.append([name, *cells, f"{1000 * seconds:.1f}", *([f"{seconds / equal:.2f}"] if equal else [])])
     return head, rows
 
 
 def _caption(comparison: Mapping[str, Any]) -> str:
     seeds = max(len(row["runs"]) for row in comparison["rows"])
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    epochs = comparison.get("config", {}).get("training", {}).get("average", 1)
+    spread += f", each over the last {epochs} epochs" if epochs > 1 else ""
     caption = f"Test split, {spread}; improvement over {comparison['baseline']} ({comparison['improvement']})."
     gaps = any(row["improvement"]["mean"] is None for row in comparison["rows"])
     return f"{caption} –: undefined in at least one seed, so that there is no mean." if gaps else caption

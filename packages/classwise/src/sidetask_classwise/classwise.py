@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -50,13 +50,17 @@ class ClassWise(Shaper):
         lr: Adam's step size; 2e-4 (the paper).
         warmup: first epoch, as the training loop counts them in `Step.epoch`, in which weights learn; 20 (the paper on
             VKITTI and NYUv2; 12 on Cityscapes). Until then all are 1.
-        window: how many batches that are looked at make one update; 1 (the paper).
+        window: how many batches that are looked at make one update; 1 (the paper). With ``probe="next"`` a look is at
+            the step before, so that the first one finds nothing; means are over those that find labels.
         eps: added to ΔL_aux; 1e-8.
 
     Raises:
-        ValueError: for an option that is out of its range or belongs to the other estimator; from the step, for a label
-            beyond the classes (on a device, where that would mean waiting for it, in the first update only), or if a
-            lookahead is given no validation batch or optimizer.
+        ValueError: for an option that is out of its range or belongs to the other estimator. From the first step with
+            labels of both tasks, during the warm-up too: if there is no main loss for each class, which a difference
+            wants, or if a lookahead is given no validation batch or optimizer. From that step, and on the CPU from
+            every other: for a label beyond the classes.
+        TypeError: from the step, for labels that are not of the classes' kind.
+        NoForwardDerivative: from the first step likewise, for an operator that a lookahead cannot differentiate.
 
     A state of other classes, or of another order, is taken over by name: a class that is new starts at 1.
 
@@ -113,9 +117,9 @@ class ClassWise(Shaper):
         self.register_buffer("edges", torch.tensor(edges or (), dtype=torch.float64), persistent=False)
         self.register_buffer("weights", torch.ones(count, dtype=torch.float64))
         # Over the window, by class, with a column for what has none before the first, and for labels beyond the last
-        # after it: of a difference main loss, main points, auxiliary loss, auxiliary points; of a lookahead slopes and
-        # points.
-        rows = 4 if estimator == "difference" else 2
+        # after it: of a difference main loss, main points, auxiliary loss, auxiliary points; of a lookahead slopes,
+        # batches with labels, points.
+        rows = 4 if estimator == "difference" else 3
         self.register_buffer("sums", torch.zeros(rows, count + 2, dtype=torch.float64))
         # The window before: L_main^c and L_aux, infinite where there were no points.
         self.register_buffer("before", torch.full((count,), torch.inf, dtype=torch.float64))
@@ -139,14 +143,33 @@ class ClassWise(Shaper):
         return dict(zip(self.classes, self.weights.unbind(), strict=True))
 
     def update(self, signals: Signals) -> None:
-        """Learn from a step; does nothing before the epoch `warmup`, and between every n-th step."""
+        """Learn from a step; before the epoch `warmup`, and between every n-th step, only look for mistakes.
+
+        The first look, at labels of both tasks, is one that learns or not: what it objects to shows at once.
+        """
         signals.target(self.main)
         if self.estimator == "lookahead":
             signals.expect(validation=self.probe == "validation")
-        if signals.epoch < self.warmup or signals.iteration % self.every:
+        learns = signals.epoch >= self.warmup and signals.iteration % self.every == 0
+        looks = learns or not self.checked
+        # On a device every further check would be waited for.
+        watches = not self.checked or signals.losses.device.type == "cpu"
+        found = None
+        if self.estimator == "lookahead" and looks:
+            found = self._slopes(signals)
+        if self.estimator == "difference" and (looks or watches):
+            found = self._class_losses(signals)
+        if watches:
+            self._refuse(self._points(signals) if self.estimator == "lookahead" or found is None else found[-1])
+        if found is None or not looks:
             return
-        found = self._class_losses(signals) if self.estimator == "difference" else self._slopes(signals)
-        self._check(found[-1])
+        if not self.checked:
+            self.checked = bool(found.any(dim=1).all())
+        if learns:
+            self._learn(found)
+
+    def _learn(self, found: Tensor) -> None:
+        """Add what was found to the window, and move the weights at its end."""
         self.sums = self.sums + found.to(self.sums)
         self.batches += 1
         if self.batches == self.window:
@@ -156,30 +179,43 @@ class ClassWise(Shaper):
             self.weights = moved.clamp(min=0)
             self.sums, self.batches = torch.zeros_like(self.sums), 0
 
-    def _check(self, elements: Tensor) -> None:
+    def _refuse(self, elements: Tensor) -> None:
         """Refuse labels beyond the classes, of which `elements` has the number last."""
-        if self.checked and elements.device.type != "cpu":
-            return
-        self.checked = True
         if elements[-1] > 0:
             raise ValueError(
                 f"task {self.auxiliary!r} has labels beyond its {len(self.classes)} classes, "
                 f"{self.classes[0]} to {self.classes[-1]}; negative labels and 255 say that there is none"
             )
 
+    def _points(self, signals: Signals) -> Tensor:
+        """The number of the auxiliary's labelled elements in every column, over all processes ``[C + 2]``."""
+        return parallel.add(self._of_auxiliary(signals)[0][1])
+
     def _class_losses(self, signals: Signals) -> Tensor:
         """Sum and number of both tasks' element losses by class of the auxiliary, over all processes ``[4, C + 2]``."""
-        total = torch.zeros_like(self.sums)
-        labels = signals.target(self.auxiliary)
-        if labels is not None:
-            losses, mask = signals.elements(self.auxiliary)
-            # Where the auxiliary is not labelled, no class is known.
-            columns = torch.where(mask, self._fitted(self._columns(labels), losses, self.auxiliary), 0)
-            total[2:] = self._by_class(losses, mask, columns)
-            if signals.target(self.main) is not None:
+        of_auxiliary, columns = self._of_auxiliary(signals)
+        total = torch.cat([torch.zeros_like(of_auxiliary), of_auxiliary])
+        if columns is not None and signals.target(self.main) is not None:
+            try:
                 losses, mask = signals.elements(self.main)
                 total[:2] = self._by_class(losses, mask, self._fitted(columns, losses, self.main))
+            except (MissingKey, ValueError) as error:
+                raise type(error)(
+                    f"{error}; a difference wants the main loss by class, which estimator 'lookahead' does not"
+                ) from error
         return parallel.add(total)
+
+    def _of_auxiliary(self, signals: Signals) -> tuple[Tensor, Tensor | None]:
+        """Sum and number of the auxiliary's element losses in every column ``[2, C + 2]``; the columns if it has any.
+
+        Of this process. Where the auxiliary is not labelled, no class is known.
+        """
+        labels = signals.target(self.auxiliary)
+        if labels is None:
+            return torch.zeros_like(self.sums[:2]), None
+        losses, mask = signals.elements(self.auxiliary)
+        columns = torch.where(mask, self._fitted(self._columns(labels), losses, self.auxiliary), 0)
+        return self._by_class(losses, mask, columns), columns
 
     def _differences(self) -> tuple[Tensor, Tensor]:
         """[ΔL_main^c / (ΔL_aux + ε)] · L^c of every class, and which classes were in both windows."""
@@ -194,20 +230,24 @@ class ClassWise(Shaper):
         return change * (auxiliary / number)[1:-1], present
 
     def _slopes(self, signals: Signals) -> Tensor:
-        """−α ⟨∇L_main, ∇L^c⟩ and number of elements by class, over all processes ``[2, C + 2]``."""
+        """By class −α ⟨∇L_main, ∇L^c⟩, one if there are labels, and the number of elements ``[3, C + 2]``.
+
+        Over all processes.
+        """
         ask = signals.lookahead_elements if self.probe == "validation" else signals.hindsight_elements
         found = ask(self.auxiliary, of=[self.main], mode=self.mode)
-        total = torch.zeros_like(self.sums)
+        total = torch.zeros_like(self.sums[:2])
         if found is not None:
             columns = self._fitted(self._columns(found.target), found.slopes, self.auxiliary)
             total += self._by_class(found.slopes, found.mask, columns)
         slopes, elements = parallel.add(total)
-        return torch.stack([slopes / elements.sum().clamp(min=1), elements])
+        number = elements.sum()
+        return torch.stack([slopes / number.clamp(min=1), (number > 0).to(slopes).expand_as(slopes), elements])
 
     def _derivatives(self) -> tuple[Tensor, Tensor]:
-        """The mean over the window of −α ⟨∇L_main, ∇L^c⟩, and which classes were in it."""
-        slopes, elements = self.sums[:, 1:-1]
-        return slopes / self.window, elements > 0
+        """The mean of −α ⟨∇L_main, ∇L^c⟩ over the batches of the window with labels, and which classes were in it."""
+        slopes, looks, elements = self.sums[:, 1:-1]
+        return slopes / looks.clamp(min=1), elements > 0
 
     def _by_class(self, losses: Tensor, mask: Tensor, columns: Tensor) -> Tensor:
         """Sum and number of labelled elements in every column ``[2, C + 2]``."""
@@ -224,7 +264,12 @@ class ClassWise(Shaper):
             raise TypeError(f"the labels of task {self.auxiliary!r} must be a tensor, found {type(labels).__name__}")
         count = len(self.classes)
         if self.binned:
-            values = (labels.detach() if labels.is_floating_point() else labels.to(self.edges)).contiguous()
+            if not labels.is_floating_point():
+                raise TypeError(
+                    f"task {self.auxiliary!r}: bins, or the edges between them, need continuous labels, found "
+                    f"{labels.dtype}; give the number of the classes or their names, or labels of floating point"
+                )
+            values = labels.detach().contiguous()
             bins = torch.bucketize(values, self.edges.to(values), right=True)
             return torch.where(values.isnan(), 0, bins + 1)
         if labels.is_floating_point():
@@ -253,20 +298,28 @@ class ClassWise(Shaper):
         )
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The classes, in the order of the weights, and how many batches of the window have been looked at."""
-        return {"classes": list(self.classes), "batches": self.batches}
+        """The classes, in the order of the weights, batches of the window, and whether there was a first look."""
+        return {"classes": list(self.classes), "batches": self.batches, "checked": self.checked}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on within the window; whatever goes by class has been put into order before."""
         self.batches = int(state["batches"])
+        self.checked = bool(state["checked"]) and tuple(state["classes"]) == self.classes
 
 
 def _named(classes: Classes) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
     """The names of the classes, and the edges between those of a continuous label."""
     if isinstance(classes, Mapping):
+        if classes.get("by") == "quantile":
+            raise ValueError(
+                "quantiles are fitted on labels: give Bins.quantile(labels, bins), or labels to the method"
+            )
         kinds = {"uniform": Bins.uniform, "log": Bins.log}
         if set(classes) != {"by", "low", "high", "bins"} or classes["by"] not in kinds:
-            raise ValueError(f"bins are given as by (uniform or log), low, high and bins; not as {dict(classes)}")
+            raise ValueError(
+                "bins are given as by (uniform or log), low, high and bins, or as by (quantile) and bins; not as "
+                f"{dict(classes)}"
+            )
         classes = kinds[classes["by"]](classes["low"], classes["high"], classes["bins"])
     if isinstance(classes, Bins):
         return classes.names, classes.edges
@@ -284,6 +337,20 @@ def _named(classes: Classes) -> tuple[tuple[str, ...], tuple[float, ...] | None]
             bins = Bins([float(edge) for edge in classes])
             return bins.names, bins.edges
     raise ValueError(f"classes are a number, names or bins; not {classes!r}")
+
+
+def _with_quantiles(
+    classes: Classes,
+    task: str,
+    valid: Callable[[Any], Tensor] | None,
+    labels: Callable[[str], Iterable[Any]] | None,
+) -> Classes:
+    """The classes, with bins in place of quantiles that are to be fitted."""
+    if not isinstance(classes, Mapping) or classes.get("by") != "quantile" or labels is None:
+        return classes
+    if set(classes) != {"by", "bins"}:
+        raise ValueError(f"quantiles are given as by and bins, not as {dict(classes)}")
+    return Bins.quantile((y for y in labels(task) if y is not None), classes["bins"], valid=valid)
 
 
 def _by_name(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: object) -> None:
@@ -323,12 +390,14 @@ def classwise(
     warmup: int = 20,
     window: int = 1,
     eps: float = 1e-8,
+    labels: Callable[[str], Iterable[Any]] | None = None,
 ) -> Method:
     """Class-wise reweighting of one or several auxiliaries that have the same classes; all tasks weigh 1.
 
     Args:
         tasks: the tasks.
-        classes: of the auxiliary's labels, see `ClassWise`, as are the other options.
+        classes: of the auxiliary's labels, see `ClassWise`, as are the other options; or
+            ``{"by": "quantile", "bins": ...}``, for bins that hold equally many of each auxiliary's training labels.
         main: the main task; the only primary one if None.
         auxiliary: the auxiliary, or several; all other tasks if None.
         estimator: see `ClassWise`.
@@ -339,11 +408,12 @@ def classwise(
         warmup: see `ClassWise`.
         window: see `ClassWise`.
         eps: see `ClassWise`.
+        labels: gives the training labels of a task, batch by batch, which quantiles are fitted on.
 
     Raises:
         MissingKey: for a task that does not exist.
-        ValueError: if `main` is not given and there is not just one primary task, if there is no auxiliary, or for an
-            option out of its range.
+        ValueError: if `main` is not given and there is not just one primary task, if there is no auxiliary, for an
+            option out of its range, or for quantiles without labels.
     """
     names = [task.name for task in tasks]
     if main is None:
@@ -359,12 +429,13 @@ def classwise(
     for name in (main, *auxiliaries):
         if name not in names:
             raise MissingKey(f"there is no task {name!r}; the tasks are: {', '.join(names)}")
+    valid = {task.name: task.valid for task in tasks}
     return Method(
         shapers={
             name: ClassWise(
                 main,
                 name,
-                classes,
+                _with_quantiles(classes, name, valid[name], labels),
                 estimator=estimator,
                 probe=probe,
                 every=every,

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_map_only
 
 from sidetask_core import parallel
 from sidetask_core.aside import RandomState, aside, device_of
-from sidetask_core.lookahead import HINDSIGHT, Encoded, Hindsight, Place, Rerun, Trail
+from sidetask_core.lookahead import HINDSIGHT, Hindsight
 from sidetask_core.passes import Passes, losses_of
+from sidetask_core.reruns import Encoded, Place, Rerun, Trail
 from sidetask_core.signals import ElementSlopes, Mode, Part, Progress
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task
@@ -78,6 +79,8 @@ class Memory:
 
     def keep_batch(self, batch: Batch, passes: Passes, losses: Tensor) -> None:
         """Keep what progress will need."""
+        for domain in passes.domains:
+            domain.for_another_run()
         inputs, targets = tree_map_only(Tensor, torch.clone, (batch.inputs, dict(batch.targets)))
         kept = Batch(inputs, targets, batch.without)
         self.past = Past(kept, losses.clone(), passes.labelled, passes.domains[0].random)

@@ -8,6 +8,7 @@ anything above the cut is traversed.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sidetask_core import parallel
 from sidetask_core.aside import RandomState, device_of, unnoticed
-from sidetask_core.products import Noted, Product, can_be_noted
+from sidetask_core.products import Noted, Product, can_be_noted, named
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task, _listed, masked_sum
 
@@ -83,17 +84,33 @@ class Branch:
 class Domain:
     """One input, its shared features, and the tasks that read them.
 
-    `gradients` holds the tasks' unscaled gradients at the features ``[tasks of the domain, D]``, once asked for,
-    `random` the random state before the input was encoded, and `products` those of the encoder, if they were noted.
+    `readers` are the names of these tasks. `gradients` holds their unscaled gradients at the features ``[tasks of the
+    domain, D]``, once asked for, `random` the random state before the input was encoded, `versions` those of its
+    tensors then, and `products` those of the encoder, if they were noted.
     """
 
     cut: Cut
     input: Any
+    readers: tuple[str, ...]
     random: RandomState
+    versions: list[int | None]
     products: list[Product]
     tasks: list[int] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
     gradients: Tensor | None = None
+
+    def for_another_run(self) -> Any:
+        """The input.
+
+        Raises:
+            ValueError: if the network has written over it, for it would be another one.
+        """
+        if _versions(self.input) != self.versions:
+            raise ValueError(
+                "a rule runs the network on its input once more, but the network writes over its input in place; "
+                "let it work on a copy"
+            )
+        return self.input
 
 
 @dataclass(frozen=True)
@@ -144,6 +161,7 @@ class Passes:
         # The products of branch and head of each task, empty unless they were noted.
         self.products: dict[int, tuple[list[Product], list[Product]]] = {}
         self._noted = {*noted} if noted and can_be_noted(model) else set()
+        self._names = named(model) if self._noted else {}
         self._forward(model, tasks, batch, shapers)
         one = torch.ones((), dtype=self.losses[0].dtype, device=self.losses[0].device)
         self.scaled = scaler is not None and scaler.is_enabled()
@@ -167,9 +185,11 @@ class Passes:
             if one is None:
                 continue
             if id(one) not in by_input:
-                before = RandomState.of(device)
-                features, products = _with_products(model.encode, one, bool(self._noted))
-                by_input[id(one)] = Domain(Cut(features), one, before, products)
+                before, versions = RandomState.of(device), _versions(one)
+                readers = _readers(tasks, inputs, one)
+                encode = functools.partial(model.encode, tasks=readers)
+                features, products = _with_products(encode, one, self._names)
+                by_input[id(one)] = Domain(Cut(features), one, readers, before, versions, products)
             self.domain_of[t] = domain = by_input[id(one)]
             domain.tasks.append(t)
         self.domains = list(by_input.values())
@@ -182,8 +202,8 @@ class Passes:
                 above: list[Product] = []
                 self.random[t] = before, RandomState.of(device) if shapers else before
                 if target is not None:
-                    noted = task.name in self._noted
-                    prediction, above = _with_products(model.heads[task.name], features, noted)
+                    names = self._names if task.name in self._noted else {}
+                    prediction, above = _with_products(model.heads[task.name], features, names)
                     elements = task.elements(prediction, target)
                     self.elements[t] = [(losses.detach(), mask) for losses, mask in elements]
                 self.products[t] = products, above
@@ -213,7 +233,8 @@ class Passes:
                 # With all of them absent, nothing of it is wanted, nor any number that its dropout would draw.
                 if not guests or any(self.targets[t] is not None for t in riders):
                     with unnoticed(model.branches[name]) if guests else contextlib.nullcontext():
-                        output, products = _with_products(model.branches[name], output, wanted)
+                        names = self._names if wanted else {}
+                        output, products = _with_products(model.branches[name], output, names)
             branch = None
             # A head that is not run needs no cut, so that a task which sits out changes no bit of what others do.
             if name is not None and several:
@@ -274,12 +295,12 @@ class Passes:
         With it they are products of gradients, and each rider has gone backward through its branch: the work of two
         forward passes each, after which any weighted sum is free. The other way takes so much `work`, in forward
         passes over the branch, however many ride it: backward for the sums that are wanted, and forward once with a
-        derivative.
+        derivative. Of equal work it is preferred, for it keeps no gradient of the branch for each rider.
         """
         shared = {id(p) for p in self.shared}
         for domain in self.domains:
             tied = any(id(p) in shared for branch in domain.branches for p in branch.parameters)
-            if tied or 2 * sum(len(branch.riders) for branch in domain.branches) <= work * len(domain.branches):
+            if tied or 2 * sum(len(branch.riders) for branch in domain.branches) < work * len(domain.branches):
                 self.feature_gradients(domain)
 
     def head_gradients(self, cut: Cut, tasks: Sequence[int]) -> Tensor:
@@ -335,6 +356,12 @@ def vector_jacobian(
     return list(torch.autograd.grad(reached, wanted, at_them, retain_graph=retain, allow_unused=True))
 
 
+def _versions(structure: Any) -> list[int | None]:
+    """How often each tensor was written to, None where torch does not count."""
+    tensors = [x for x in tree_flatten(structure)[0] if isinstance(x, Tensor)]
+    return [None if x.is_inference() else x._version for x in tensors]
+
+
 def _matrix(rows: int, columns: Sequence[Tensor]) -> Tensor:
     """An unfilled matrix with a column for every element of `columns`, in at least single precision."""
     if not columns:
@@ -352,11 +379,11 @@ def _fill(row: Tensor, gradients: Gradients, sizes: Sequence[int]) -> None:
             place.copy_(gradient.flatten())
 
 
-def _with_products(part: Callable[[Any], Any], given: Any, wanted: bool) -> tuple[Any, list[Product]]:
-    """What a part of the network gives, and its products if they are `wanted`."""
-    if not wanted:
+def _with_products(part: Callable[[Any], Any], given: Any, names: Mapping[int, str]) -> tuple[Any, list[Product]]:
+    """What a part of the network gives, and its products if the `names` of the network are given for it."""
+    if not names:
         return part(given), []
-    with Noted() as noted:
+    with Noted(names) as noted:
         return part(given), noted.found
 
 
@@ -367,7 +394,8 @@ def losses_of(
     inputs = [batch.input_of(task) for task in tasks]
     targets = [batch.target_of(task) for task in tasks]
     # In the order of a step, so that layers which draw at random draw the same.
-    features = {id(one): model.encode(one) for one in {id(one): one for one in inputs if one is not None}.values()}
+    different = {id(one): one for one in inputs if one is not None}
+    features = {key: model.encode(one, _readers(tasks, inputs, one)) for key, one in different.items()}
     nothing = next(iter(features.values()), list(model.parameters()))
     predictions: dict[str, Any] = {}
     for key, shared in features.items():
@@ -380,6 +408,11 @@ def losses_of(
         elements = None if target is None else task.elements(predictions[task.name], target)
         sums.append(_sums(task, elements, features.get(id(one), nothing), target, shapers))
     return _means(sums)
+
+
+def _readers(tasks: Sequence[Task], inputs: Sequence[Any], one: Any) -> tuple[str, ...]:
+    """The tasks that read one input, by name."""
+    return tuple(task.name for task, own in zip(tasks, inputs, strict=True) if own is one)
 
 
 def _sums(task: Task, elements: Elements | None, features: Any, target: Any, shapers: Mapping[str, nn.Module]) -> Sums:

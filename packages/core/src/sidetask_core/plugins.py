@@ -1,13 +1,14 @@
 """Find methods, datasets and networks by name, in whatever distributions are installed.
 
 A distribution offers them as entry points of the groups ``sidetask.methods``, ``sidetask.datasets`` and
-``sidetask.networks``. A method's entry point is a callable ``(tasks, **options) -> Method``.
+``sidetask.networks``. A method's entry point is a callable ``(tasks, **options) -> Method``. One that fits something on
+the data has a parameter ``labels``, which is no option: a function that gives the training labels of a task.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
@@ -16,6 +17,9 @@ from typing import Any
 from sidetask_core.method import Augment, Method
 from sidetask_core.task import MissingKey, Task, _listed, check_tasks
 from sidetask_core.uncertainty import FollowsUncertainty, Uncertain
+
+# Of a task, batch by batch.
+Labels = Callable[[str], Iterable[Any]]
 
 SLOTS = ("augment", "shapers", "decoder", "encoder")
 # Where the project's own names live, so that a missing one can be answered with the command that brings it.
@@ -63,7 +67,7 @@ def find(group: str, name: str) -> Any:
     raise MissingKey(f"no installed package offers a {kind} {name!r}; {hint}installed are: {_listed(sorted(found))}")
 
 
-def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
+def make_method(spec: Any, tasks: Sequence[Task], labels: Labels | None = None) -> Method:
     """Build a method from its name, or slot by slot from the names of several.
 
     Args:
@@ -74,6 +78,8 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
             built once, so that they share its rules and their state; and an encoder's rule that goes by an uncertainty
             goes by the decoder's if it has one (`FollowsUncertainty`).
         tasks: what the method is built for.
+        labels: gives the training labels of a task by its name, batch by batch, None for a batch without; for methods
+            that fit something on them, quantiles for instance.
 
     Raises:
         MissingKey: for a name that is not installed, or a method that leaves the asked slot empty.
@@ -92,7 +98,7 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
     if not isinstance(spec, Mapping):
         raise TypeError(f"a method is a name, a name with options or slots, not {spec!r}")
     if "name" in spec:
-        return _call(spec, tasks)
+        return _call(spec, tasks, labels)
     slots: dict[str, Any] = {}
     built: list[_Built] = []
     for slot in sorted(spec, key=lambda slot: slot != "augment"):
@@ -102,9 +108,9 @@ def make_method(spec: Any, tasks: Sequence[Task]) -> Method:
         if slot == "shapers":
             if not isinstance(inner, Mapping):
                 raise TypeError(f"shapers map a task's name to a method, not {inner!r}")
-            slots[slot] = {task: _slot("shapers", one, tasks, built, task) for task, one in inner.items()}
+            slots[slot] = {task: _slot("shapers", one, tasks, built, labels, task) for task, one in inner.items()}
         elif inner is not None:
-            slots[slot] = _slot(slot, inner, tasks, built)
+            slots[slot] = _slot(slot, inner, tasks, built, labels)
             if slot == "augment":
                 tasks = check_tasks(slots[slot].extended(tasks))
                 spec = _renamed(spec, slots[slot])
@@ -146,11 +152,13 @@ class _Built:
         )
 
 
-def _slot(slot: str, spec: Any, tasks: Sequence[Task], built: list[_Built], task: str | None = None) -> Any:
+def _slot(
+    slot: str, spec: Any, tasks: Sequence[Task], built: list[_Built], labels: Labels | None, task: str | None = None
+) -> Any:
     wanted = {"name": spec} if isinstance(spec, str) else spec
     found = next((one for one in built if one.spec == wanted), None)
     if found is None:
-        found = _Built(wanted, make_method(spec, tasks))
+        found = _Built(wanted, make_method(spec, tasks, labels))
         built.append(found)
     found.slots.append(slot)
     filled = getattr(found.method, slot)
@@ -171,18 +179,22 @@ def _renamed(spec: Any, augment: Augment) -> Any:
     return [_renamed(value, augment) for value in spec] if isinstance(spec, list | tuple) else spec
 
 
-def _call(spec: Mapping[str, Any], tasks: Sequence[Task]) -> Method:
+def _call(spec: Mapping[str, Any], tasks: Sequence[Task], labels: Labels | None) -> Method:
     name = spec["name"]
     options = {key: value for key, value in spec.items() if key != "name"}
     factory = find("methods", name)
     signature = inspect.signature(factory)
+    given = {}
+    if "labels" in signature.parameters:
+        given = {"labels": labels}
+        signature = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "labels"])
     try:
         signature.bind(tasks, **options)
     except TypeError as error:
         takes = list(signature.parameters)[1:]
         hints = "".join(_hint(option, takes) for option in options if option not in takes)
         raise TypeError(f"method {name!r}: {error}; {hints}its options are: {_listed(takes)}") from error
-    method = factory(tasks, **options)
+    method = factory(tasks, **options, **given)
     if not isinstance(method, Method):
         raise TypeError(f"the entry point {name!r} returned {type(method).__name__}, expected a Method")
     return method

@@ -35,12 +35,14 @@ class Product:
 
     Attributes:
         func: which it was.
+        weight: the name of its weight in the network; None for one that is computed.
         shapes: of its input and weight.
         value: what it gave, where the pass that computed it has it, too.
         version: of that memory, which another one says has been written over; None if that cannot be told.
     """
 
     func: Callable[..., Tensor]
+    weight: str | None
     shapes: Sequence[torch.Size]
     value: Tensor
     version: int | None
@@ -51,34 +53,53 @@ class Product:
         return self.version is not None and self.value._version == self.version
 
 
-class Noted(TorchFunctionMode):
-    """Notes the products of what runs within it, in `found`."""
+def named(model: nn.Module) -> dict[int, str]:
+    """The names of a network's tensors by their id, whatever tensors stand in for them at present."""
+    return {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
-    def __init__(self) -> None:
+
+class Noted(TorchFunctionMode):
+    """Notes the products of what runs within it, in `found`; `names` are those of the network (`named`)."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
+        self.names = names
         self.found: list[Product] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        # A compiled function must not depend on this mode's state: it would be compiled again in every step.
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
         value = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and not _transformed():
-            shapes = [factor.shape for factor in _factors(args, kwargs or {})[:2]]
+            factors = _factors(args, kwargs or {})[:2]
             there = value.detach()
-            self.found.append(Product(func, shapes, there, None if there.is_inference() else there._version))
+            version = None if there.is_inference() else there._version
+            self.found.append(Product(func, self.names.get(id(factors[1])), _shapes(factors), there, version))
         return value
 
 
 class Reused(TorchFunctionMode):
     """Takes the values of products from an earlier run of the same, and computes their derivatives alone.
 
-    From one on that is not what it was then, values are computed, too. Derivatives are always computed here, and in one
+    From one on that is not what it was then, by its function, the shapes of its factors and the name of its weight,
+    values are computed, too: a layer may be left out at random, or have run in a compiled function, where it is not
+    seen. Where the weight has no name its value is always computed. Derivatives are always computed here, and in one
     way, so that it changes no bit whether values were there: after a resume they are not.
     """
 
-    def __init__(self, noted: Sequence[Product]) -> None:
+    def __init__(self, noted: Sequence[Product], names: Mapping[int, str]) -> None:
         super().__init__()
         self.noted = iter(noted)
+        self.names = names
+        self._another = False
+
+    @property
+    def same(self) -> bool:
+        """Whether what has run within was the same to its end, so that whatever reads its output may go on with it."""
+        return not self._another and next(self.noted, None) is None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -88,12 +109,13 @@ class Reused(TorchFunctionMode):
             return func(*args, **kwargs)
         factors = _factors(args, kwargs)
         known = next(self.noted, None)
-        if known is not None and (known.func is not func or [factor.shape for factor in factors[:2]] != known.shapes):
-            self.noted, known = iter(()), None
+        this = func, self.names.get(id(factors[1])), _shapes(factors[:2])
+        if known is None or this != (known.func, known.weight, known.shapes):
+            self.noted, known, self._another = iter(()), None, True
         parts = [(None, None) if factor is None else forward_ad.unpack_dual(factor) for factor in factors]
         (x, dx), (weight, dweight), (bias, dbias) = parts
         pairs = [(a, b) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None]
-        there = known is not None and known.intact
+        there = known is not None and known.weight is not None and known.intact
         if not pairs:
             return known.value if known is not None and there and dbias is None else func(*args, **kwargs)
         options = {name: option for name, option in kwargs.items() if name not in _FACTORS}
@@ -111,6 +133,10 @@ def _transformed() -> bool:
 def can_be_noted(model: nn.Module) -> bool:
     """Whether the products of a network can be seen; those of compiled modules cannot."""
     return not any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _shapes(factors: Sequence[Tensor]) -> list[torch.Size]:
+    return [factor.shape for factor in factors]
 
 
 def _factors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -18,7 +18,9 @@ class SplitModel(nn.Module):
     where the split is (`from_stages`).
 
     Args:
-        shared: the encoder; may return any nested tuple, list or dict of tensors (skip connections, pyramids).
+        shared: the encoder; may return any nested tuple, list or dict of tensors (skip connections, pyramids). One
+            whose layers are not alike for all tasks (a normalisation for each domain) has an attribute ``reads_tasks``
+            that is true, and is called with the names of the tasks that read the input as a second argument.
         heads: task name to head. A head takes its branch's output, or the shared features without a branch.
         branches: branch name to the layers between the shared features and the heads that ride the branch.
             However many heads ride it, a branch is computed once.
@@ -87,8 +89,10 @@ class SplitModel(nn.Module):
         branches = {task: copy.deepcopy(rest) for task in heads} if len(rest) else {}
         return cls(shared, heads, branches)
 
-    def encode(self, inputs: Any) -> Any:
-        """The shared features of `inputs`."""
+    def encode(self, inputs: Any, tasks: Iterable[str] | None = None) -> Any:
+        """The shared features of `inputs`, which `tasks` (default: all) read."""
+        if getattr(self.shared, "reads_tasks", False):
+            return self.shared(inputs, tuple(self.heads if tasks is None else tasks))
         return self.shared(inputs)
 
     def decode(self, features: Any, tasks: Iterable[str] | None = None) -> dict[str, Any]:
@@ -104,7 +108,8 @@ class SplitModel(nn.Module):
 
     def forward(self, inputs: Any, tasks: Iterable[str] | None = None) -> dict[str, Any]:
         """The predictions of `tasks` (default: all) for one input."""
-        return self.decode(self.encode(inputs), tasks)
+        tasks = None if tasks is None else list(tasks)
+        return self.decode(self.encode(inputs, tasks), tasks)
 
     def with_heads(self, heads: Mapping[str, nn.Module], route: Mapping[str, str | None] | None = None) -> SplitModel:
         """This model with further heads; every module is shared with it."""

@@ -8,6 +8,8 @@ from sidetask_datasets.cifar100_domains import cifar100_domains
 from sidetask_datasets.cityscapes import cityscapes
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset
+from sidetask_datasets.describe import describe, sheet
+from sidetask_datasets.digit_domains import digit_domains
 from sidetask_datasets.digits import digits
 from sidetask_datasets.files import DataError, DataErrors
 from sidetask_datasets.frames import frames
@@ -16,6 +18,7 @@ from sidetask_datasets.noise import with_noise
 from sidetask_datasets.nyuv2 import nyuv2
 from sidetask_datasets.pascal_context import pascal_context
 from sidetask_datasets.pseudo import fingerprint, pseudo, pseudo_label, thresholded, with_pseudo
+from sidetask_datasets.reaching import reaching
 from sidetask_datasets.rlbench import rlbench
 from sidetask_datasets.samples import Samples
 from sidetask_datasets.scenes import scenes
@@ -39,6 +42,8 @@ __all__ = [
     "celeba",
     "cifar100_domains",
     "cityscapes",
+    "describe",
+    "digit_domains",
     "digits",
     "fingerprint",
     "frames",
@@ -48,8 +53,10 @@ __all__ = [
     "pascal_context",
     "pseudo",
     "pseudo_label",
+    "reaching",
     "rlbench",
     "scenes",
+    "sheet",
     "thresholded",
     "virtual_kitti",
     "with_noise",

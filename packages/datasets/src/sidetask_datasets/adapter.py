@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from sidetask_core import Task
 from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.cache import prepare
-from sidetask_datasets.dataset import Dataset
+from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose_primary
 from sidetask_datasets.files import DataError, DataErrors
 from sidetask_datasets.noise import with_noise
 from sidetask_datasets.source import Source
@@ -47,39 +47,6 @@ class Target:
     task: Task
     outputs: int
     view: View
-
-
-def dense_targets(
-    names: Iterable[str],
-    primary: Collection[str],
-    *,
-    classes: Mapping[str, Sequence[str]] | None = None,
-    colours: Mapping[str, Sequence[Colour]] | None = None,
-    limits: Mapping[str, tuple[float, float]] | None = None,
-    normals_loss: str = "cosine",
-) -> list[Target]:
-    """The tasks that dense datasets have under these names, see `tasks.dense`.
-
-    Args:
-        names: of the tasks.
-        primary: those that count.
-        classes: for each segmentation the names of its classes.
-        colours: for each segmentation the colours of its classes; chosen if not given.
-        limits: for each task of depth or disparity the values at the ends of its ramp.
-        normals_loss: see `tasks.normals`.
-    """
-    targets = []
-    for name in names:
-        named = tuple((classes or {}).get(name, ()))
-        task = task_kinds.dense(name, len(named), name in primary, normals_loss)
-        if named:
-            view = View("classes", classes=named, colours=tuple((colours or {}).get(name, ())))
-        elif name in ("depth", "disparity"):
-            view = View("scalar", limits=(limits or {}).get(name, (0.0, 1.0)))
-        else:
-            view = View("normals" if name == "normals" else "binary")
-        targets.append(Target(task, len(named) or {"normals": 3}.get(name, 1), view))
-    return targets
 
 
 def find_source(factory: Callable[..., Dataset], root: Folder, options: Mapping[str, Any]) -> Source:
@@ -171,12 +138,9 @@ def read_dataset(
     *,
     dense: bool = True,
     augmentation: Augmentation | None = None,
-    noise: bool = False,
-    seed: int = 0,
     cache: Folder | None = None,
-    device: torch.device | str = "cpu",
 ) -> Dataset:
-    """The dataset that an adapter gives: the source's field "image" is the input.
+    """The dataset that an adapter gives, mapped from the cache: the source's field "image" is the input.
 
     Args:
         source: the files.
@@ -184,10 +148,7 @@ def read_dataset(
         parts: train, validation and test; None: the source's splits of these names. See `hold_out`.
         dense: whether tasks label pixels.
         augmentation: of the training split.
-        noise: add the task "noise", see `with_noise`.
-        seed: of the noise.
         cache: where caches are kept, see `cache.cache_folder`.
-        device: where batches appear, see `Dataset.to`.
 
     Raises:
         DataErrors: see `cache.prepare`.
@@ -195,7 +156,7 @@ def read_dataset(
     """
     image = source.fields["image"]
     splits = read_splits(source, parts, augmentation=augmentation, cache=cache)
-    data = Dataset(
+    return Dataset(
         name=source.name,
         tasks=tuple(target.task for target in targets),
         train=splits["train"],
@@ -206,4 +167,65 @@ def read_dataset(
         input_view=View("image", mean=tuple(image.mean), std=tuple(image.std)),
         dense=dense,
     )
+
+
+def read_dense(
+    find: Callable[[], Source],
+    *,
+    classes: Mapping[str, Sequence[str]] | None = None,
+    colours: Mapping[str, Sequence[Colour]] | None = None,
+    normals_loss: str = "cosine",
+    validation: int | None = None,
+    primary: Iterable[str] | None = None,
+    seed: int = 0,
+    noise: bool = False,
+    cache: Folder | None = None,
+    device: torch.device | str = "cpu",
+) -> Dataset:
+    """The dataset of an adapter whose tasks label pixels, one for each field of its source beside the image.
+
+    Training images are scaled, cropped and flipped.
+
+    Args:
+        find: finds the source; called after the options have been checked.
+        classes: for each segmentation the names of its classes.
+        colours: for each segmentation the colours of its classes; chosen if not given.
+        normals_loss: "cosine", "l1" or "elements", see `losses`.
+        validation: so many samples, the last of the source's split "train", are held out for model selection; None: the
+            source has a split "validation".
+        primary: the tasks that count; None for all.
+        seed: of `noise`, and of whatever the adapter says.
+        noise: add an auxiliary task "noise", see `with_noise`.
+        cache: where decoded samples are kept, see `cache.cache_folder`.
+        device: where the samples live, see `Dataset.to`.
+
+    Raises:
+        DataErrors: see `cache.prepare`.
+        DataError: naming an empty split, or if nothing is left to train on.
+        ValueError: for an unknown task or loss, or a switch that is neither true nor false.
+    """
+    if validation is not None:
+        check_counts(validation=validation)
+    check_seed(seed)
+    check_switches(noise=noise)
+    task_kinds.normals(loss=normals_loss)  # whether there is such a loss
+    source = find()
+    fields = {name: field for name, field in source.fields.items() if name != "image"}
+    wanted = choose_primary(primary, list(fields))
+    targets = []
+    for name, field in fields.items():
+        named = tuple((classes or {}).get(name, ()))
+        if field.kind == "disparity":
+            task = task_kinds.disparity(name, name in wanted)
+        else:
+            task = task_kinds.dense(name, len(named), name in wanted, normals_loss)
+        if named:
+            view = View("classes", classes=named, colours=tuple((colours or {}).get(name, ())))
+        elif field.kind in ("depth", "disparity"):
+            view = View("scalar", limits=field.limits)
+        else:
+            view = View("normals" if field.kind == "normals" else "binary")
+        targets.append(Target(task, len(named) or (3 if field.kind == "normals" else 1), view))
+    parts = None if validation is None else hold_out(source, validation)
+    data = read_dataset(source, targets, parts, augmentation=Augmentation(), cache=cache)
     return (with_noise(data, seed) if noise else data).to(device)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -75,7 +77,7 @@ class Augmentation:
             numbers: ``[n, 5]`` uniform in [0, 1).
         """
         motion = self.motion(numbers, (image.shape[-2], image.shape[-1]))
-        moved = {name: motion.turned(kinds[name], motion.sampled(kinds[name], one)) for name, one in targets.items()}
+        moved = {name: motion.turn_(kinds[name], motion.sampled(kinds[name], one)) for name, one in targets.items()}
         return motion.image(image), moved
 
     def motion(self, numbers: Tensor, size: tuple[int, int]) -> Motion:
@@ -87,7 +89,7 @@ class Augmentation:
         else:
             corner = (1.0 - 1.0 / scale)[:, None] * numbers[:, 1:3] * numbers.new_tensor(size)
         angle = (2.0 * numbers[:, 4] - 1.0) * math.radians(self.rotation) if self.rotation else None
-        return Motion(size, scale, corner, numbers[:, 3] < self.flip, angle, bool(self.pad))
+        return Motion(size, scale, corner, numbers[:, 3] < self.flip, angle, self.pad)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +102,7 @@ class Motion:
         corner: ``[n, 2]``, top and left of the window in pixels.
         flip: ``[n]``, whether it is mirrored.
         angle: ``[n]``, by which images are turned before, in radians, clockwise; None: not at all.
-        padded: whether the window may leave the image, by whole pixels.
+        pad: by how many whole pixels the window may leave the image; 0 where it is scaled.
     """
 
     size: tuple[int, int]
@@ -108,18 +110,42 @@ class Motion:
     corner: Tensor
     flip: Tensor
     angle: Tensor | None
-    padded: bool
+    pad: int
 
-    def target(self, column: Column, rows: Tensor) -> Tensor:
-        """Rows of a column, moved as they are stored, in few bytes, and then as a batch has them."""
+    def __getitem__(self, index: int) -> Motion:
+        """What one image does, as a batch of one."""
+        row = slice(index, index + 1)
+        angle = None if self.angle is None else self.angle[row]
+        return replace(self, scale=self.scale[row], corner=self.corner[row], flip=self.flip[row], angle=angle)
+
+    def read(self, column: Column, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows of a column, moved as they are stored, in few bytes, and then as `Column.expand` has them."""
+        if column.kind == "image":
+            return column.expand(self.image(rows), out)
         if column.kind == "tokens":
-            return self.sampled(column.kind, column.expand(rows))
-        return self.turned(column.kind, column.expand(self.sampled(column.kind, rows)))
+            moved = self.sampled(column.kind, column.expand(rows))
+            return moved if out is None else out.copy_(moved)
+        return self.turn_(column.kind, column.expand(self.sampled(column.kind, rows), out))
+
+    def read_one(self, index: int, column: Column, row: Tensor, out: Tensor) -> None:
+        """One image of the batch: `row`, ``[1, *]`` as it is stored, into `out`, as a batch has it.
+
+        On the CPU faster than `read` for images of many pixels, and the same: labels bit for bit, images but for
+        rounding.
+        """
+        if self.angle is None and not self.pad and column.kind not in (*_WHOLE, "tokens"):
+            self._crops.read(index, column, row, out)
+        else:
+            self[index].read(column, row, out)
+
+    @cached_property
+    def _crops(self) -> _Crops:
+        return _Crops(self)
 
     def image(self, image: Tensor) -> Tensor:
         """Images ``[n, C, H, W]``, where 0 is black; floating, unless nothing has to be interpolated."""
-        if self.padded and self.angle is None:
-            return self._nearest(image, 0)
+        if self.pad and self.angle is None:
+            return self._shifted(image, 0)
         return self._linear(image.float() if not image.is_floating_point() else image)
 
     def sampled(self, kind: Kind, target: Tensor) -> Tensor:
@@ -134,27 +160,29 @@ class Motion:
         unlabelled = 0
         if kind in ("classes", "binary"):
             unlabelled = 255 if target.dtype == torch.uint8 else -1
+        if self.pad and self.angle is None:
+            return self._shifted(target, unlabelled)
         return self._nearest(target, unlabelled)
 
-    def turned(self, kind: Kind, target: Tensor) -> Tensor:
-        """Labels of this kind, as a batch has them, with the values that they have for the new view."""
+    def turn_(self, kind: Kind, target: Tensor) -> Tensor:
+        """Labels of this kind, as a batch has them, given the values that they have in the new view, in place."""
         match kind:
             case "depth":
-                return target / self.scale.view(-1, 1, 1, 1)
+                return target.div_(self.scale.view(-1, 1, 1, 1))
             case "disparity":
-                return target * self.scale.view(-1, 1, 1, 1)
+                return target.mul_(self.scale.view(-1, 1, 1, 1))
             case "normals":
                 if self.angle is not None:
-                    x, y, z = target.split(1, dim=1)
-                    cos, sin = (f(self.angle).view(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
-                    target = torch.cat([cos * x - sin * y, sin * x + cos * y, z], dim=1)
-                sign = torch.ones(len(target), 3, 1, 1, dtype=target.dtype, device=target.device)
-                sign[:, 0, 0, 0] = torch.where(self.flip, -1.0, 1.0).to(target.dtype)
-                return target * sign
+                    x, y = target[:, 0].clone(), target[:, 1].clone()
+                    cos, sin = (f(self.angle).view(-1, 1, 1) for f in (torch.cos, torch.sin))
+                    target[:, 0] = cos * x - sin * y
+                    target[:, 1] = sin * x + cos * y
+                target[:, 0] *= torch.where(self.flip, -1.0, 1.0).to(target.dtype).view(-1, 1, 1)
+                return target
             case _:
                 return target
 
-    def _source(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+    def source(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Where the centres of a grid over the batch come from, in the images' pixels from their top and left edges.
 
         Rows ``[n, height, 1]`` and columns ``[n, 1, width]``, or both ``[n, height, width]`` where images are turned.
@@ -172,46 +200,98 @@ class Motion:
         return cos * y - sin * x + self.size[0] / 2, cos * x + sin * y + self.size[1] / 2
 
     @cached_property
-    def _still(self) -> bool:
-        """Whether a lone image stays where it is, but for a flip; only on the CPU, where it costs nothing to ask."""
-        alone = len(self.scale) == 1 and self.scale.device.type == "cpu" and self.angle is None
-        return alone and not self.padded and float(self.scale) == 1.0
-
-    def _mirrored(self, image: Tensor) -> Tensor:
-        return image.flip(-1) if bool(self.flip) else image
-
-    @cached_property
-    def _places(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Row and column of the nearest pixel, and where it is outside the image, if any can be."""
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The nearest pixel's place in a flat image, ``[n, H·W]``, and whether it is outside, ``[n, 1, H, W]``."""
         height, width = self.size
-        y, x = (place.floor().long() for place in self._source(height, width))
-        outside = None
-        if self.angle is not None or self.padded:
-            outside = ((y < 0) | (y >= height) | (x < 0) | (x >= width)).unsqueeze(1)
-        return y.clamp_(0, height - 1), x.clamp_(0, width - 1), outside
+        y, x = (place.floor().long() for place in self.source(height, width))
+        outside = ((y < 0) | (y >= height) | (x < 0) | (x >= width)).unsqueeze(1)
+        return (y.clamp_(0, height - 1) * width + x.clamp_(0, width - 1)).flatten(1), outside
 
     def _linear(self, image: Tensor) -> Tensor:
-        if self._still:
-            return self._mirrored(image)
-        y, x = self._source(image.shape[-2], image.shape[-1])
+        y, x = self.source(image.shape[-2], image.shape[-1])
         y, x = torch.broadcast_tensors(2.0 * y / self.size[0] - 1.0, 2.0 * x / self.size[1] - 1.0)
         grid = torch.stack([x, y], dim=-1).to(image.dtype)
-        beyond = "border" if self.angle is None and not self.padded else "zeros"
+        beyond = "border" if self.angle is None and not self.pad else "zeros"
         return functional.grid_sample(image, grid, mode="bilinear", padding_mode=beyond, align_corners=False)
 
     def _nearest(self, target: Tensor, unlabelled: int) -> Tensor:
         """Of ``[n, H, W]`` or ``[n, C, H, W]``."""
-        if self._still:
-            return self._mirrored(target)
-        y, x, outside = self._places
+        places, outside = self._places
         wide = target if target.ndim == 4 else target.unsqueeze(1)
-        count, channels, _, width = wide.shape
-        if self.angle is None and count == 1:
-            # Several times as fast as the general way on the CPU, and no slower elsewhere.
-            found = wide.index_select(2, y.view(-1)).index_select(3, x.view(-1))
-        else:
-            places = (y * width + x).view(count, 1, -1).expand(-1, channels, -1)
-            found = wide.flatten(2).gather(2, places).view_as(wide)
-        if outside is not None:
+        found = wide.flatten(2).gather(2, places.unsqueeze(1).expand(-1, wide.shape[1], -1)).view_as(wide)
+        if self.angle is not None or self.pad:
             found = found.masked_fill_(outside, unlabelled)
         return found.view_as(target)
+
+    def _shifted(self, target: Tensor, unlabelled: int) -> Tensor:
+        """Of ``[n, H, W]`` or ``[n, C, H, W]``, by whole pixels."""
+        wide = target if target.ndim == 4 else target.unsqueeze(1)
+        padded = functional.pad(wide, (self.pad,) * 4, value=unlabelled)
+        windows = padded.unfold(2, self.size[0], 1).unfold(3, self.size[1], 1)
+        top, left = (self.corner.long() + self.pad).unbind(1)
+        found = windows[torch.arange(len(target), device=target.device), :, top, left]
+        return torch.where(self.flip.view(-1, 1, 1, 1), found.flip(-1), found).view_as(target)
+
+
+class _Crops:
+    """What a motion that neither turns nor pads does to single images: it chooses columns, and then rows.
+
+    What is to be done to every pixel is done to those that are seen, before they are made more.
+    """
+
+    def __init__(self, motion: Motion) -> None:
+        self.motion = motion
+        self.still = (motion.scale == 1.0).tolist()
+        self.flip = motion.flip.tolist()
+        places = zip(motion.source(*motion.size), motion.size, strict=True)
+        self.rows, self.columns = (_Side(place.flatten(1), side) for place, side in places)
+
+    def read(self, index: int, column: Column, row: Tensor, out: Tensor) -> None:
+        motion = self.motion[index]
+        if self.still[index]:
+            motion.turn_(column.kind, column.expand(row.flip(-1) if self.flip[index] else row, out))
+            return
+        seen = column.expand(row[..., self.rows.seen[index], self.columns.seen[index]])
+        if column.kind == "image":
+            (high, low, down), (left, right, across) = self.rows.between(index), self.columns.between(index)
+            wide = torch.lerp(_taken(seen, left, -1), _taken(seen, right, -1), across)
+            torch.lerp(_taken(wide, high, -2), _taken(wide, low, -2), down[:, None], out=out)
+        else:
+            wide = _taken(motion.turn_(column.kind, seen), self.columns.nearest[index], -1)
+            # "clip" writes into `out` without a copy between; there is nothing to be clipped.
+            numpy.take(wide.numpy(), self.rows.nearest[index], axis=-2, out=out.numpy(), mode="clip")
+
+
+class _Side:
+    """Where the rows, or the columns, of each image of a batch come from.
+
+    Args:
+        places: ``[n, length]``, in pixels from the image's edge.
+        count: rows or columns of the image.
+    """
+
+    def __init__(self, places: Tensor, count: int) -> None:
+        # As `grid_sample` does at the border.
+        beside = (places - 0.5).clamp_(0, count - 1)
+        before = beside.long()
+        after = (before + 1).clamp_(max=count - 1)
+        # What is nearest is one of the two.
+        first = before.amin(dim=1, keepdim=True)
+        self.seen = [
+            slice(*ends) for ends in zip(first.flatten().tolist(), (after.amax(dim=1) + 1).tolist(), strict=True)
+        ]
+        self.share = beside - before
+        self.before, self.after = (before - first).numpy(), (after - first).numpy()
+        self.nearest = (places.floor().long().clamp_(0, count - 1) - first).numpy()
+
+    def between(self, index: int) -> tuple[_Places, _Places, Tensor]:
+        """Of an image, as they are counted in what is seen of it: those before, those after, and the share of these."""
+        return self.before[index], self.after[index], self.share[index]
+
+
+_Places = NDArray[numpy.int64]
+
+
+def _taken(values: Tensor, places: _Places, axis: int) -> Tensor:
+    # Of torch's own ways none is as fast along the last dimension of bytes, 16-bit and 64-bit numbers.
+    return torch.from_numpy(numpy.take(values.numpy(), places, axis=axis))

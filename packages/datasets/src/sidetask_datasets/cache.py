@@ -27,7 +27,7 @@ from sidetask_datasets.source import Field, Source
 
 _FORMAT = 1
 _CHUNK = 32  # samples that one process decodes before it reports; what a kill may lose
-_INDEX, _DONE = "index.json", "done.json"
+_INDEX, _DONE = "index.json", "done.jsonl"
 _ROOM = "SIDETASK_CACHE"
 
 
@@ -153,13 +153,10 @@ def _mapped(path: Path, field: Field, count: int) -> NDArray[Any] | None:
 
 def _build(title: str, units: Sequence[_Unit], jobs: int | None, progress: bool) -> None:
     """Decode what is missing in each unit's folder `part`, which becomes `final` when it is whole."""
-    states = {unit.name: _started(unit) for unit in units}
-    missing = [
-        (unit, chunk)
-        for unit in units
-        for chunk, files in unit.chunks.items()
-        if states[unit.name]["chunks"].get(chunk) != files
-    ]
+    missing = []
+    for unit in units:
+        there = _started(unit)
+        missing += [(unit, chunk) for chunk, files in unit.chunks.items() if there.get(chunk) != files]
     total = sum(_length(chunk) for unit in units for chunk in unit.chunks)
     done = total - sum(_length(chunk) for _, chunk in missing)
     problems: list[str] = []
@@ -169,8 +166,9 @@ def _build(title: str, units: Sequence[_Unit], jobs: int | None, progress: bool)
             if wrong:
                 problems += wrong
             else:
-                states[unit.name]["chunks"][chunk] = unit.chunks[chunk]
-                _write_json(unit.part / _DONE, states[unit.name])
+                # A line each: a file that were written anew would grow with what is done.
+                with (unit.part / _DONE).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([chunk, unit.chunks[chunk]]) + "\n")
             bar.update(_length(chunk))
     if problems:
         raise DataErrors(sorted(set(problems)))
@@ -186,19 +184,36 @@ def _build(title: str, units: Sequence[_Unit], jobs: int | None, progress: bool)
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def _started(unit: _Unit) -> dict[str, Any]:
-    """What is done already of a unit; its folder is there, with an array for each split."""
-    state = _read_json(unit.part / _DONE)
-    if state.get("layout") != unit.source.layout or not isinstance(state.get("chunks"), dict):
+def _started(unit: _Unit) -> dict[str, str]:
+    """The chunks of a unit that are decoded, and of which files; its folder is there, with an array for each split."""
+    layout, *lines = _read_lines(unit.part / _DONE) or [None]
+    if layout != unit.source.layout:
         shutil.rmtree(unit.part, ignore_errors=True)
         unit.part.mkdir(parents=True)
-        state = {"layout": unit.source.layout, "chunks": {}}
+        lines = []
+    there: dict[str, str] = dict(lines)
     for split, samples in unit.source.splits.items():
         path = unit.path(unit.part, split)
         if _mapped(path, unit.field, len(samples)) is None:
             _create(path, unit.field, len(samples))
-            state["chunks"] = {key: value for key, value in state["chunks"].items() if key.split()[0] != split}
-    return state
+            there = {chunk: files for chunk, files in there.items() if chunk.split()[0] != split}
+    # Without the end of a line that a kill cut short, which the next one would go on.
+    _write(unit.part / _DONE, "".join(json.dumps(line) + "\n" for line in (unit.source.layout, *there.items())))
+    return there
+
+
+def _read_lines(path: Path) -> list[Any]:
+    """What the lines of a file say, as far as they can be read: the first anything, the others pairs of texts."""
+    found: list[Any] = []
+    try:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            value = json.loads(line)
+            if found and not (isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)):
+                break
+            found.append(value)
+    except (OSError, ValueError):
+        pass
+    return found
 
 
 def _length(chunk: str) -> int:
@@ -284,9 +299,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    _write(path, json.dumps(content, ensure_ascii=False))
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole text, or what was there before."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     Path(temporary).replace(path)

@@ -37,17 +37,8 @@ import torch
 from numpy.typing import NDArray
 
 from sidetask_datasets import mtan
-from sidetask_datasets.adapter import MEAN, STD, Folder, dense_targets, hold_out, read_dataset
-from sidetask_datasets.augment import Augmentation
-from sidetask_datasets.dataset import (
-    Dataset,
-    check_counts,
-    check_seed,
-    check_size,
-    check_switches,
-    choose,
-    choose_primary,
-)
+from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
+from sidetask_datasets.dataset import Dataset, check_size, choose
 from sidetask_datasets.files import DataError, listed, paired, picture_size, read_picture
 from sidetask_datasets.source import Field, Item, Source
 
@@ -96,7 +87,7 @@ _OFFICIAL = {
 _OTHERS = ("_gtFine_color.png", "_gtFine_instanceIds.png", "_gtFine_polygons.json", "_gtFine_labelTrainIds.png")
 
 
-def cityscapes(
+def cityscapes(  # noqa: D417 -- what all adapters take is described in one place
     root: Folder,
     tasks: Sequence[str] | None = None,
     *,
@@ -121,31 +112,24 @@ def cityscapes(
         size: height and width to bring images to: by averaging, labels by the nearest pixel, disparity in pixels of the
             new width; None: as they are, but (256, 512), Auto-λ's, for the official tree.
         classes: 19, or 7 categories, which only the layout of arrays has.
-        primary: the tasks that count; None for all.
-        seed: of `noise`, and of nothing else.
-        noise: add an auxiliary task "noise", see `with_noise`.
-        cache: where decoded images are kept, see `cache.cache_folder`.
-        device: where the images live.
+        primary, seed, noise, cache, device: see `adapter.read_dense`.
 
     Raises:
         DataError: for a root that holds none of the layouts, a task that its layout has not, or, all at once and each
             beginning with a path, files that are missing, damaged, or hold what they should not.
         ValueError: for an unknown task, another number of classes, or a switch that is neither true nor false.
     """
-    check_counts(validation=validation)
-    check_seed(seed)
-    check_switches(noise=noise)
-    source = cityscapes_source(root, tasks, size=size, classes=classes)
-    names = [name for name in source.fields if name != "image"]
-    named = {"segmentation": CLASSES if classes == len(CLASSES) else CATEGORIES, "part_segmentation": PARTS}
-    colours = {"segmentation": [colour for _, _, colour in _TABLE]} if classes == len(CLASSES) else {}
-    # Near, where disparity is high, is bright.
-    far = (0.3, 0.0) if source.settings["layout"] == "arrays" else (25.0, 0.0)
-    wanted = choose_primary(primary, names)
-    targets = dense_targets(names, wanted, classes=named, colours=colours, limits={"disparity": far})
-    parts = hold_out(source, validation)
-    return read_dataset(
-        source, targets, parts, augmentation=Augmentation(), noise=noise, seed=seed, cache=cache, device=device
+    official = classes == len(CLASSES)
+    return read_dense(
+        partial(cityscapes_source, root, tasks, size=size, classes=classes),
+        classes={"segmentation": CLASSES if official else CATEGORIES, "part_segmentation": PARTS},
+        colours={"segmentation": [colour for _, _, colour in _TABLE]} if official else {},
+        validation=validation,
+        primary=primary,
+        seed=seed,
+        noise=noise,
+        cache=cache,
+        device=device,
     )
 
 
@@ -198,7 +182,7 @@ def _arrays(root: Path, names: Sequence[str] | None, size: tuple[int, int] | Non
     fields = {
         "image": Field("image", (3, *stored), "uint8", partial(mtan.read_image, **options), MEAN, STD),
         "segmentation": Field("classes", stored, "uint8", partial(mtan.read_classes, classes=classes, **options)),
-        "disparity": Field("disparity", stored, "float32", partial(mtan.read_positive, **options)),
+        "disparity": Field("disparity", stored, "float32", partial(mtan.read_positive, **options), limits=(0.3, 0.0)),
     }
     return _source(root, "arrays", size, fields, names, splits, problems, classes=classes)
 
@@ -262,7 +246,12 @@ def _fields(shape: tuple[int, int], size: tuple[int, int] | None) -> dict[str, F
         "part_segmentation": Field("classes", stored, "uint8", partial(_read_parts, **options)),
         # A pixel of disparity at full size is less of one in a smaller image.
         "disparity": Field(
-            "disparity", stored, "int16", partial(_read_disparity, **options), scale=stored[1] / _WIDTH / 256
+            "disparity",
+            stored,
+            "int16",
+            partial(_read_disparity, **options),
+            scale=stored[1] / _WIDTH / 256,
+            limits=(25.0, 0.0),  # near, where disparity is high, is bright
         ),
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -82,28 +83,44 @@ class Column:
         """The samples `ids` (``[n]``, on the column's device) as a batch has them."""
         return self.expand(self.data.index_select(0, ids))
 
-    def expand(self, rows: Tensor) -> Tensor:
-        """Rows of the stored tensor, on any device, as a batch has them."""
+    def room(self, count: int, rows: Tensor) -> Tensor:
+        """An empty tensor for so many samples as a batch has them; of their size, and where they are, are `rows`."""
+        shape = [count, *rows.shape[1:]]
+        if self.kind in ("binary", "depth", "disparity"):
+            shape.insert(1, 1)
+        integer = self.kind in ("classes", "binary", "label")
+        if rows.device.type == "cpu":
+            # numpy asks the system for large pages, torch does not, and finding small ones takes a third of the time.
+            return torch.from_numpy(numpy.empty(shape, numpy.int64 if integer else numpy.float32))
+        return torch.empty(shape, dtype=torch.int64 if integer else torch.float32, device=rows.device)
+
+    def expand(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows of the stored tensor, on any device, as a batch has them: in `out`, or in memory of its own."""
+        if out is None:
+            out = self.room(len(rows), rows)
         match self.kind:
             case "image":
-                return standardise(rows, self.mean, self.std)
+                channels = rows.shape[1]
+                scale = out.new_tensor(self.std or (1.0,) * channels).view(-1, 1, 1)
+                shift = out.new_tensor(self.mean or (0.0,) * channels).view(-1, 1, 1)
+                return out.copy_(rows).mul_(1.0 / (255.0 * scale)).sub_(shift / scale)
             case "classes":
-                return _signed(rows)
+                # In bytes, 255 + 1 is 0.
+                return out.copy_(rows + 1).sub_(1)
             case "binary":
-                return _signed(rows).unsqueeze(1)
+                return out.copy_((rows + 1).unsqueeze(1)).sub_(1)
             case "depth" | "disparity":
-                rows = rows.unsqueeze(1)
-                return rows if rows.is_floating_point() else (rows.to(torch.int32) & 0xFFFF).float().mul_(self.scale)
+                if rows.is_floating_point():
+                    return out.copy_(rows.unsqueeze(1))
+                return out.copy_((rows.to(torch.int32) & 0xFFFF).unsqueeze(1)).mul_(self.scale)
             case "normals":
-                return unit(rows.to(torch.float32))
-            case "label":
-                return rows.to(torch.int64)
+                return unit_(out.copy_(rows))
             case "soft" | "tokens":
-                shares = rows.to(torch.float32)
-                total = shares.sum(dim=1, keepdim=True)
-                return torch.where(total > 0, shares / total, 0.0)
-            case "vector":
-                return rows
+                out.copy_(rows)
+                total = out.sum(dim=1, keepdim=True)
+                return out.div_(torch.where(total > 0, total, 1.0))
+            case "label" | "vector":
+                return out.copy_(rows)
 
 
 _STORED: dict[str, tuple[int, tuple[torch.dtype, ...]]] = {
@@ -120,17 +137,6 @@ _STORED: dict[str, tuple[int, tuple[torch.dtype, ...]]] = {
 }
 
 
-def standardise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Values 0 to 255, ``[..., C, H, W]``, to float32 (value / 255 − mean) / std."""
-    values = image.to(torch.float32)
-    if values is image:
-        values = values.clone()
-    channels = image.shape[-3]
-    scale = values.new_tensor(std or (1.0,) * channels).view(-1, 1, 1)
-    shift = values.new_tensor(mean or (0.0,) * channels).view(-1, 1, 1)
-    return values.mul_(1.0 / (255.0 * scale)).sub_(shift / scale)
-
-
 def lengths(vectors: Tensor) -> Tensor:
     """Lengths along dimension 1, which stays: ``[n, 3, *]`` to ``[n, 1, *]``.
 
@@ -139,12 +145,12 @@ def lengths(vectors: Tensor) -> Tensor:
     return vectors.square().sum(dim=1, keepdim=True).sqrt()
 
 
-def unit(vectors: Tensor) -> Tensor:
-    """``[n, 3, H, W]`` at length 1; the zero vector, which means unlabelled, stays zero."""
+def unit_(vectors: Tensor) -> Tensor:
+    """``[n, 3, H, W]`` at length 1, in place; the zero vector, which means unlabelled, stays zero."""
     # By components: a sum over so short a dimension, and a square of its own, take twice as long.
     x, y, z = vectors.unbind(1)
     inverse = (x * x).addcmul_(y, y).addcmul_(z, z).sqrt_().clamp_(min=1e-12).reciprocal_()
-    return vectors * inverse.unsqueeze(1)
+    return vectors.mul_(inverse.unsqueeze(1))
 
 
 def pack_depth(metres: Tensor) -> Tensor:
@@ -155,8 +161,3 @@ def pack_depth(metres: Tensor) -> Tensor:
 def pack_normals(vectors: Tensor) -> Tensor:
     """Unit vectors ``[N, 3, H, W]`` as int16: direction to 0.003°."""
     return (vectors * 32767.0).round().to(torch.int16)
-
-
-def _signed(rows: Tensor) -> Tensor:
-    # In bytes, 255 + 1 is 0.
-    return (rows + 1).to(torch.int64).sub_(1)

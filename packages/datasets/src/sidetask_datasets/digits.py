@@ -8,6 +8,9 @@ as they are or compressed, in a folder or where torchvision keeps them in it::
 
 One tile stands in the top left corner of a 36×36 image, another in the bottom right one, each moved towards the middle
 by 0 to 4 pixels along both axes; where they overlap, the brighter pixel shows.
+
+Of digits there are also nine yes-or-no tasks, as many as are usual of faces: whether a digit is even, large (5 or more)
+or round (0, 6, 8 and 9 close a loop), and what the two have to do with each other.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -31,6 +34,18 @@ from sidetask_datasets.split import ResidentSplit, Split
 from sidetask_datasets.view import View
 
 TASKS = ("top_left", "bottom_right")
+_ROUND = torch.tensor([0, 6, 8, 9], dtype=torch.int16)
+ATTRIBUTES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "top_left_even": lambda first, second: first % 2 == 0,
+    "top_left_large": lambda first, second: first >= 5,
+    "top_left_round": lambda first, second: torch.isin(first, _ROUND),
+    "bottom_right_even": lambda first, second: second % 2 == 0,
+    "bottom_right_large": lambda first, second: second >= 5,
+    "bottom_right_round": lambda first, second: torch.isin(second, _ROUND),
+    "same_parity": lambda first, second: first % 2 == second % 2,
+    "top_left_larger": lambda first, second: first > second,
+    "large_sum": lambda first, second: first + second >= 10,
+}
 SOURCES = ("scans", "mnist", "fashion")
 CLOTHES = (
     "T-shirt",
@@ -75,7 +90,7 @@ def digits(
         validation: images to select models on.
         test: images for the final numbers.
         seed: of the division, the pairs and the shifts.
-        tasks: among "top_left" and "bottom_right".
+        tasks: among "top_left", "bottom_right", and, of digits, the names in `ATTRIBUTES`.
         primary: the tasks that count; None for all.
         source: "scans", "mnist" or "fashion".
         root: the folder of the files of MNIST or Fashion-MNIST.
@@ -91,15 +106,15 @@ def digits(
     >>> batch.inputs.shape, sorted(batch.targets)
     (torch.Size([4, 1, 36, 36]), ['bottom_right', 'top_left'])
     """
-    names = choose("task", tasks, TASKS)
+    (source,) = choose("source", source, SOURCES)
+    names = choose("task", tasks, TASKS if source == "fashion" else (*TASKS, *ATTRIBUTES))
     wanted = choose_primary(primary, names)
     check_counts(train=train, validation=validation, test=test)
     check_seed(seed)
     check_switches(download=download)
-    (source,) = choose("source", source, SOURCES)
     if (root is None) != (source == "scans"):
         raise ValueError(f"source {source!r} " + ("needs a root" if root is None else "is of no root"))
-    pools = _scan_pools(seed) if root is None else _file_pools(source, Path(root), download, seed)
+    pools = scan_pools(seed) if root is None else _file_pools(source, Path(root), download, seed)
     mean, std = STATISTICS[source]
     splits = {}
     for split, count in {"train": train, "validation": validation, "test": test}.items():
@@ -113,12 +128,13 @@ def digits(
 def _assemble(
     names: Sequence[str], wanted: frozenset[str], splits: Mapping[str, Split], classes: tuple[str, ...], view: View
 ) -> Dataset:
+    of = {name: classes if name in TASKS else ("no", "yes") for name in names}
     return Dataset(
         name="digits",
-        tasks=tuple(tasks.classification(name, 10, primary=name in wanted) for name in names),
+        tasks=tuple(tasks.classification(name, len(of[name]), primary=name in wanted) for name in names),
         **splits,
-        outputs=dict.fromkeys(names, 10),
-        views={name: View("label", classes=classes, size=(SIZE, SIZE)) for name in names},
+        outputs={name: len(of[name]) for name in names},
+        views={name: View("label", classes=of[name], size=(SIZE, SIZE)) for name in names},
         input_view=view,
         dense=False,
     )
@@ -128,7 +144,8 @@ def _assemble(
 _Pools = dict[str, tuple[Tensor, Tensor]]
 
 
-def _scan_pools(seed: int) -> _Pools:
+def scan_pools(seed: int) -> _Pools:
+    """scikit-learn's scans, divided: for each split tiles ``[N, 28, 28]`` uint8 and their digits ``[N]`` int16."""
     scans, labels = _scans()
     order = draws.permutation(draws.key(seed, "digits"), len(scans))
     first, second = len(scans) * 6 // 10, len(scans) * 8 // 10
@@ -216,13 +233,15 @@ def _scans() -> tuple[Tensor, Tensor]:
 
 
 def _pairs(scans: Tensor, labels: Tensor, count: int, key: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images ``[count, 1, 36, 36]`` and for each corner the labels."""
+    """Images ``[count, 1, 36, 36]`` and the labels of every task."""
     numbers = draws.uniform(key, torch.arange(count), 6)
     chosen = (numbers[:, :2] * len(scans)).long()
     shifts = (numbers[:, 2:] * (SHIFT + 1)).long()
     first = _place(scans[chosen[:, 0]], shifts[:, 0], shifts[:, 1])
     second = _place(scans[chosen[:, 1]], SIZE - TILE - shifts[:, 2], SIZE - TILE - shifts[:, 3])
-    return torch.maximum(first, second).unsqueeze(1), {name: labels[chosen[:, side]] for side, name in enumerate(TASKS)}
+    left, right = labels[chosen[:, 0]], labels[chosen[:, 1]]
+    attributes = {name: holds(left, right).to(torch.int16) for name, holds in ATTRIBUTES.items()}
+    return torch.maximum(first, second).unsqueeze(1), {**dict(zip(TASKS, (left, right), strict=True)), **attributes}
 
 
 def _place(tiles: Tensor, top: Tensor, left: Tensor) -> Tensor:

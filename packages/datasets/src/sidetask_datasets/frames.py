@@ -21,17 +21,8 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from sidetask_datasets.adapter import MEAN, STD, Folder, dense_targets, hold_out, read_dataset
-from sidetask_datasets.augment import Augmentation
-from sidetask_datasets.dataset import (
-    Dataset,
-    check_counts,
-    check_seed,
-    check_size,
-    check_switches,
-    choose,
-    choose_primary,
-)
+from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
+from sidetask_datasets.dataset import Dataset, check_size, choose
 from sidetask_datasets.files import DataError, check_apart, check_ids, missing, picture_size, read_ids, read_picture
 from sidetask_datasets.source import Field, Item, Source
 
@@ -51,10 +42,11 @@ NYUV2_CLASSES = (
     "wall",
     "window",
 )
+LIMITS = (0.7, 8.0)  # metres of depth, as it is drawn
 _FOLDERS = {"image": "image", "segmentation": "label", "depth": "depth", "normals": "normal"}
 
 
-def frames(
+def frames(  # noqa: D417 -- what all adapters take is described in one place
     root: Folder,
     tasks: Sequence[str] = TASKS,
     *,
@@ -76,12 +68,7 @@ def frames(
         validation: so many ids, the last of train.txt, are held out for model selection; 159 of NYUv2's 795 in SAAL.
         size: height and width to bring frames to: images by averaging, labels by the nearest pixel; None: as they are.
         classes: names in order of the ids in the label pictures; NYUv2's 13 by default.
-        primary: the tasks that count; None for all.
-        seed: of `noise`, and of nothing else, since the files say what is in which split.
-        normals_loss: "cosine", "l1" or "elements", see `losses`.
-        noise: add an auxiliary task "noise", see `with_noise`.
-        cache: where decoded frames are kept, see `cache.cache_folder`.
-        device: where the frames live.
+        primary, seed, normals_loss, noise, cache, device: see `adapter.read_dense`.
 
     Raises:
         DataError: a ValueError that begins with the path of the file at fault: a root, list or picture that is missing,
@@ -90,18 +77,16 @@ def frames(
             train on. All problems of the pictures come together, in one `DataErrors`.
         ValueError: for an unknown task or loss, or a switch that is neither true nor false.
     """
-    names = choose("task", tasks, TASKS)
-    wanted = choose_primary(primary, names)
-    check_counts(validation=validation)
-    check_seed(seed)
-    check_switches(noise=noise)
-    targets = dense_targets(
-        names, wanted, classes={"segmentation": classes}, limits={"depth": (0.7, 8.0)}, normals_loss=normals_loss
-    )
-    source = frames_source(root, names, size=size, classes=classes)
-    parts = hold_out(source, validation)
-    return read_dataset(
-        source, targets, parts, augmentation=Augmentation(), noise=noise, seed=seed, cache=cache, device=device
+    return read_dense(
+        partial(frames_source, root, tasks, size=size, classes=classes),
+        classes={"segmentation": classes},
+        normals_loss=normals_loss,
+        validation=validation,
+        primary=primary,
+        seed=seed,
+        noise=noise,
+        cache=cache,
+        device=device,
     )
 
 
@@ -136,7 +121,7 @@ def frames_source(
     fields = {
         "image": Field("image", (3, *shape), "uint8", partial(read_colour, **options), MEAN, STD),
         "segmentation": Field("classes", shape, "uint8", partial(read_classes, classes=len(classes), **options)),
-        "depth": Field("depth", shape, "int16", partial(read_depth, **options)),
+        "depth": Field("depth", shape, "int16", partial(read_depth, **options), limits=LIMITS),
         "normals": Field("normals", (3, *shape), "int8", partial(read_normals, **options)),
     }
     return Source(

@@ -67,7 +67,27 @@ class MeanIoU(Metric):
         return (both / either)[either > 0].mean()
 
 
-class Agreement(Metric):
+class _Mean(Metric):
+    """A sum over what is labelled, in double precision, and its mean."""
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, sums: int | None = None) -> None:
+        super().__init__()
+        zeros = torch.zeros(() if sums is None else sums, dtype=torch.float64)
+        self.add_state("total", zeros, dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        return self.total / self.count
+
+
+class Agreement(_Mean):
     """Share of labelled images or patches whose likeliest class is that of the target; in [0, 1].
 
     >>> metric = Agreement()
@@ -77,29 +97,16 @@ class Agreement(Metric):
     """
 
     higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    right: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("right", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add logits and distributions as `losses.soft_cross_entropy` takes them."""
         mask = distributed(target)
         same = over_patches(prediction.float(), target).argmax(dim=1) == target.argmax(dim=1)
-        self.right += (same & mask).sum()
+        self.total += (same & mask).sum()
         self.count += mask.sum()
 
-    def compute(self) -> Tensor:
-        """The share."""
-        return self.right.double() / self.count
 
-
-class AbsoluteError(Metric):
+class AbsoluteError(_Mean):
     """Mean absolute error over all elements; lower is better. In double precision, unlike torchmetrics' own.
 
     >>> metric = AbsoluteError()
@@ -108,28 +115,13 @@ class AbsoluteError(Metric):
     tensor(0.3750, dtype=torch.float64)
     """
 
-    higher_is_better = False
-    is_differentiable = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add values of one shape."""
         self.total += (prediction.double() - target.double()).abs().sum()
         self.count += target.numel()
 
-    def compute(self) -> Tensor:
-        """The mean."""
-        return self.total / self.count
 
-
-class SquaredError(AbsoluteError):
+class SquaredError(_Mean):
     """Mean squared error over all elements; lower is better. In double precision.
 
     >>> metric = SquaredError()
@@ -147,7 +139,7 @@ class SquaredError(AbsoluteError):
 DepthKind = Literal["absolute", "relative", "rmse"]
 
 
-class DepthError(Metric):
+class DepthError(_Mean):
     """Error of depth or disparity, pooled over all labelled pixels; lower is better.
 
     Args:
@@ -163,19 +155,11 @@ class DepthError(Metric):
     tensor(0.5000, dtype=torch.float64)
     """
 
-    higher_is_better = False
-    is_differentiable = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
     def __init__(self, kind: DepthKind = "absolute") -> None:
         super().__init__()
         if kind not in get_args(DepthKind):
             raise ValueError(f"kind is one of {', '.join(get_args(DepthKind))}, not {kind!r}")
         self.kind = kind
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add depths or disparities of one shape; a target of 0 is unlabelled."""
@@ -191,7 +175,7 @@ class DepthError(Metric):
 
     def compute(self) -> Tensor:
         """The pooled error."""
-        mean = self.total / self.count
+        mean = super().compute()
         return mean.sqrt() if self.kind == "rmse" else mean
 
 
@@ -208,7 +192,7 @@ def angles(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.rad2deg(2.0 * torch.atan2(lengths(a - b)[:, 0], lengths(a + b)[:, 0])), length > 0
 
 
-class MeanAngle(Metric):
+class MeanAngle(_Mean):
     """Mean angle between predicted and true normals in degrees; lower is better. A zero prediction is 90° off.
 
     >>> metric = MeanAngle()
@@ -217,26 +201,11 @@ class MeanAngle(Metric):
     45.0
     """
 
-    higher_is_better = False
-    is_differentiable = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add vectors ``[N, 3, H, W]``; a target of zero length is unlabelled."""
         degrees, mask = angles(prediction, target)
         self.total += torch.where(mask, degrees, 0.0).sum()
         self.count += mask.sum()
-
-    def compute(self) -> Tensor:
-        """The mean, in degrees."""
-        return self.total / self.count
 
 
 class MedianAngle(Metric):
@@ -272,7 +241,7 @@ class MedianAngle(Metric):
         return (index + 0.5).double() / self.bins_per_degree
 
 
-class WithinAngle(Metric):
+class WithinAngle(_Mean):
     """Share of pixels whose predicted normal is less than so many degrees off; in [0, 1], higher is better.
 
     Args:
@@ -280,26 +249,16 @@ class WithinAngle(Metric):
     """
 
     higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    within: Tensor
-    count: Tensor
 
     def __init__(self, degrees: float) -> None:
         super().__init__()
         self.degrees = degrees
-        self.add_state("within", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add vectors ``[N, 3, H, W]``; a target of zero length is unlabelled."""
         degrees, mask = angles(prediction, target)
-        self.within += (mask & (degrees < self.degrees)).sum()
+        self.total += (mask & (degrees < self.degrees)).sum()
         self.count += mask.sum()
-
-    def compute(self) -> Tensor:
-        """The share."""
-        return self.within.double() / self.count
 
 
 class EdgeF(Metric):
@@ -336,7 +295,7 @@ class EdgeF(Metric):
         return (2 * hit / (hit + false + self.positives.sum())).amax()
 
 
-class BestIoU(Metric):
+class BestIoU(_Mean):
     """Intersection over union of salient pixels, averaged over images, at the threshold that is best for all of them.
 
     Thresholds are the multiples of 0.01 between 0 and 1 on the sigmoid of the logits. An image without a labelled pixel
@@ -349,16 +308,10 @@ class BestIoU(Metric):
     """
 
     higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
     steps = 100
-    total: Tensor
-    count: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(self.steps, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        super().__init__(self.steps)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add logits and truth ``[N, 1, H, W]``: 1 salient, 0 not, −1 unlabelled."""
@@ -379,4 +332,4 @@ class BestIoU(Metric):
 
     def compute(self) -> Tensor:
         """The mean at the best threshold."""
-        return (self.total / self.count).amax()
+        return super().compute().amax()

@@ -7,17 +7,14 @@ does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-import torch
 from sidetask_core import Batch
 from torch import Tensor
 
 from sidetask_datasets import draws, tasks
-from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_seed
-from sidetask_datasets.split import Split
+from sidetask_datasets.split import DerivedSplit, Split
 from sidetask_datasets.view import View
 
 NAME = "noise"
@@ -65,7 +62,7 @@ def with_noise(dataset: Dataset, seed: int = 0) -> Dataset:
     )
 
 
-class NoisySplit(Split):
+class NoisySplit(DerivedSplit):
     """A split whose batches have one more target, "noise", drawn on the device as they are made.
 
     Args:
@@ -74,54 +71,15 @@ class NoisySplit(Split):
     """
 
     def __init__(self, split: Split, key: int) -> None:
-        self.split = split
+        super().__init__(split)
         self.key = key
 
-    def __len__(self) -> int:
-        return len(self.split)
+    def derive(self, split: Split) -> NoisySplit:
+        """The same noise beside the samples of another split."""
+        return NoisySplit(split, self.key)
 
-    @property
-    def device(self) -> torch.device:
-        """Where batches appear."""
-        return self.split.device
-
-    @property
-    def nbytes(self) -> int:
-        """Those of the split, for noise is made as it is needed."""
-        return self.split.nbytes
-
-    def to(self, device: torch.device | str, memory: int | None = None) -> NoisySplit:
-        """The same samples and the same noise on `device`, see `Split.to`."""
-        return NoisySplit(self.split.to(device, memory), self.key)
-
-    def order(self, *, seed: int, epoch: int, shuffle: bool) -> Tensor:
-        """That of the split."""
-        return self.split.order(seed=seed, epoch=epoch, shuffle=shuffle)
-
-    def identify(self, ids: Tensor, epoch: int) -> Tensor:
-        """What tells the samples of the split apart."""
-        return self.split.identify(ids, epoch)
-
-    def with_targets(self, targets: Mapping[str, Column]) -> NoisySplit:
-        """The same samples and noise, with further targets."""
-        return NoisySplit(self.split.with_targets(targets), self.key)
-
-    def checksum(self) -> int:
-        """That of the split, for noise is no input."""
-        return self.split.checksum()
-
-    def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
-        """The samples `ids` of the split, with noise of their inputs' size."""
-        return self._with_noise(self.split.make(ids, seed=seed, epoch=epoch, augment=augment), ids, epoch)
-
-    def deal(self, shares: Iterable[Tensor], *, seed: int, epoch: int, augment: bool) -> Iterator[Batch]:
-        """The batches that the split deals, with noise."""
-        given = list(shares)
-        batches = self.split.deal(given, seed=seed, epoch=epoch, augment=augment)
-        for ids, batch in zip(given, batches, strict=True):
-            yield self._with_noise(batch, ids, epoch)
-
-    def _with_noise(self, batch: Batch, ids: Tensor, epoch: int) -> Batch:
+    def change(self, batch: Batch, ids: Tensor, epoch: int) -> Batch:
+        """The batch with noise of its inputs' size."""
         height, width = batch.inputs.shape[-2:]
         noise = draws.uniform(self.key, self.identify(ids.to(self.device), epoch), height * width)
         return replace(batch, targets={**batch.targets, NAME: noise.view(-1, 1, height, width)})

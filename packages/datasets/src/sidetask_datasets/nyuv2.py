@@ -30,19 +30,10 @@ import torch
 from numpy.typing import NDArray
 
 from sidetask_datasets import matlab, mtan
-from sidetask_datasets.adapter import MEAN, STD, Folder, dense_targets, hold_out, read_dataset
-from sidetask_datasets.augment import Augmentation
-from sidetask_datasets.dataset import (
-    Dataset,
-    check_counts,
-    check_seed,
-    check_size,
-    check_switches,
-    choose,
-    choose_primary,
-)
+from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
+from sidetask_datasets.dataset import Dataset, check_size, choose
 from sidetask_datasets.files import DataError, averaged, nearest
-from sidetask_datasets.frames import NYUV2_CLASSES, TASKS, frames_source
+from sidetask_datasets.frames import LIMITS, NYUV2_CLASSES, TASKS, frames_source
 from sidetask_datasets.source import Field, Source
 
 _FOLDERS = {"image": "image", "segmentation": "label", "depth": "depth", "normals": "normal"}
@@ -51,7 +42,7 @@ _SIZE = (480, 640)  # of the official frames
 _ALL = 894  # classes of the official labels
 
 
-def nyuv2(
+def nyuv2(  # noqa: D417 -- what all adapters take is described in one place
     root: Folder,
     tasks: Sequence[str] = TASKS,
     *,
@@ -72,30 +63,23 @@ def nyuv2(
         validation: so many frames, the last of the training split, are held out for model selection; 159 in SAAL.
         size: height and width to bring frames to: images by averaging, labels by the nearest pixel; None: as they are,
             but (288, 384), MTAN's, for the official file.
-        primary: the tasks that count; None for all.
-        seed: of `noise`, and of nothing else.
-        normals_loss: "cosine", "l1" or "elements", see `losses`.
-        noise: add an auxiliary task "noise", see `with_noise`.
-        cache: where decoded frames are kept, see `cache.cache_folder`.
-        device: where the frames live.
+        primary, seed, normals_loss, noise, cache, device: see `adapter.read_dense`.
 
     Raises:
         DataError: for a root that holds none of the layouts, normals asked of the official file, or, all at once and
             each beginning with a path, files that are missing, damaged, or hold what they should not.
         ValueError: for an unknown task or loss, or a switch that is neither true nor false.
     """
-    names = choose("task", tasks, TASKS)
-    wanted = choose_primary(primary, names)
-    check_counts(validation=validation)
-    check_seed(seed)
-    check_switches(noise=noise)
-    targets = dense_targets(
-        names, wanted, classes={"segmentation": NYUV2_CLASSES}, limits={"depth": (0.7, 8.0)}, normals_loss=normals_loss
-    )
-    source = nyuv2_source(root, names, size=size)
-    parts = hold_out(source, validation)
-    return read_dataset(
-        source, targets, parts, augmentation=Augmentation(), noise=noise, seed=seed, cache=cache, device=device
+    return read_dense(
+        partial(nyuv2_source, root, tasks, size=size),
+        classes={"segmentation": NYUV2_CLASSES},
+        normals_loss=normals_loss,
+        validation=validation,
+        primary=primary,
+        seed=seed,
+        noise=noise,
+        cache=cache,
+        device=device,
     )
 
 
@@ -134,7 +118,7 @@ def _arrays(root: Path, names: Sequence[str], size: tuple[int, int] | None, test
         "segmentation": Field(
             "classes", stored, "uint8", partial(mtan.read_classes, classes=len(NYUV2_CLASSES), **options)
         ),
-        "depth": Field("depth", stored, "float32", partial(mtan.read_positive, **options)),
+        "depth": Field("depth", stored, "float32", partial(mtan.read_positive, **options), limits=LIMITS),
         "normals": Field("normals", (3, *stored), "int16", partial(mtan.read_normals, **options)),
     }
     return Source(
@@ -168,7 +152,7 @@ def _official(root: Path, names: Sequence[str], size: tuple[int, int]) -> Source
     fields = {
         "image": Field("image", (3, *size), "uint8", partial(_read_image, size=size), MEAN, STD),
         "segmentation": Field("classes", size, "uint8", partial(_read_labels, size=size, table=table)),
-        "depth": Field("depth", size, "float32", partial(_read_depths, size=size)),
+        "depth": Field("depth", size, "float32", partial(_read_depths, size=size), limits=LIMITS),
     }
     return Source(
         name="nyuv2",

@@ -25,17 +25,8 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from sidetask_datasets.adapter import MEAN, STD, Folder, dense_targets, hold_out, read_dataset
-from sidetask_datasets.augment import Augmentation
-from sidetask_datasets.dataset import (
-    Dataset,
-    check_counts,
-    check_seed,
-    check_size,
-    check_switches,
-    choose,
-    choose_primary,
-)
+from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
+from sidetask_datasets.dataset import Dataset, check_size, choose
 from sidetask_datasets.files import (
     DataError,
     check_apart,
@@ -102,7 +93,7 @@ _LABELS = 459
 Shape = tuple[int, int]
 
 
-def pascal_context(
+def pascal_context(  # noqa: D417 -- what all adapters take is described in one place
     root: Folder,
     tasks: Sequence[str] = TASKS,
     *,
@@ -128,12 +119,7 @@ def pascal_context(
         size: height and width of the frame; 512×512 holds every picture as it is.
         validation: so many ids, the last of train.txt (4998), are held out for model selection; val.txt (5105) is the
             test split.
-        primary: the tasks that count; None for all.
-        seed: of `noise`, and of nothing else, since the files say what is in which split.
-        normals_loss: "cosine", "l1" or "elements", see `losses`.
-        noise: add an auxiliary task "noise", see `with_noise`.
-        cache: where decoded images are kept, see `cache.cache_folder`.
-        device: where the images live.
+        primary, seed, normals_loss, noise, cache, device: see `adapter.read_dense`.
 
     Raises:
         DataError: beginning with the path of the file at fault: one that is missing, damaged or of another size than
@@ -141,18 +127,16 @@ def pascal_context(
             images come together.
         ValueError: for an unknown task or loss, or a switch that is neither true nor false.
     """
-    names = choose("task", tasks, TASKS)
-    wanted = choose_primary(primary, names)
-    check_counts(validation=validation)
-    check_seed(seed)
-    check_switches(noise=noise)
-    targets = dense_targets(
-        names, wanted, classes={"segmentation": CLASSES, "human_parts": PARTS}, normals_loss=normals_loss
-    )
-    source = pascal_context_source(root, names, size=size)
-    parts = hold_out(source, validation)
-    return read_dataset(
-        source, targets, parts, augmentation=Augmentation(), noise=noise, seed=seed, cache=cache, device=device
+    return read_dense(
+        partial(pascal_context_source, root, tasks, size=size),
+        classes={"segmentation": CLASSES, "human_parts": PARTS},
+        normals_loss=normals_loss,
+        validation=validation,
+        primary=primary,
+        seed=seed,
+        noise=noise,
+        cache=cache,
+        device=device,
     )
 
 

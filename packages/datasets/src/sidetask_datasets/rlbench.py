@@ -13,7 +13,7 @@ you: docs/datasets/rlbench.md has the few lines that write the arrays.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from sidetask_datasets.dataset import Dataset, check_seed, check_size, check_swi
 from sidetask_datasets.files import DataError, DataErrors, missing, picture_size, read_array, read_picture
 from sidetask_datasets.joined import JoinedSplit
 from sidetask_datasets.source import Field, Item, Source
-from sidetask_datasets.split import Split
+from sidetask_datasets.split import DerivedSplit, Split
 from sidetask_datasets.view import View
 
 # Those of Auto-λ.
@@ -52,7 +52,7 @@ TASKS = (
 CAMERAS = ("front", "wrist", "left_shoulder", "right_shoulder", "overhead")
 _SPLITS = ("train", "validation", "test")
 _TASK = re.compile(r"[A-Za-z0-9_-]{1,200}")
-_STATE = " state"  # no name of a task begins with a space
+STATE = " state"  # no name of a task begins with a space
 
 
 def rlbench(
@@ -114,9 +114,9 @@ def rlbench(
         for name, own in found.items():
             columns = {name: Column(_stacked([e.action for e in own]), "vector")}
             if state:
-                columns[name + _STATE] = Column(_stacked([(e.state - mean) / scale for e in own]), "vector")
+                columns[name + STATE] = Column(_stacked([(e.state - mean) / scale for e in own]), "vector")
             part: Split = images[f"{name}-{split}"].with_targets(columns)
-            parts[name] = StateSplit(part, name + _STATE) if state else part
+            parts[name] = StateSplit(part, name + STATE) if state else part
         splits[split] = JoinedSplit(parts)
     channels = len(cameras)
     widths = {name: found[0].action.shape[1] for name, found in shown["train"].items()}
@@ -145,7 +145,7 @@ def rlbench_source(
     return _find(root, tasks, cameras, size, every, seed)[0]
 
 
-class StateSplit(Split):
+class StateSplit(DerivedSplit):
     """A split one of whose targets is part of the input: for each of its numbers a constant map beside the image.
 
     Args:
@@ -154,52 +154,15 @@ class StateSplit(Split):
     """
 
     def __init__(self, split: Split, state: str) -> None:
-        self.split = split
+        super().__init__(split)
         self.state = state
 
-    def __len__(self) -> int:
-        return len(self.split)
+    def derive(self, split: Split) -> StateSplit:
+        """The same of another split, which has that target, too."""
+        return StateSplit(split, self.state)
 
-    @property
-    def device(self) -> torch.device:
-        """Where batches appear."""
-        return self.split.device
-
-    @property
-    def nbytes(self) -> int:
-        """Those of the split."""
-        return self.split.nbytes
-
-    def to(self, device: torch.device | str, memory: int | None = None) -> StateSplit:
-        """The same samples on `device`, see `Split.to`."""
-        return StateSplit(self.split.to(device, memory), self.state)
-
-    def order(self, *, seed: int, epoch: int, shuffle: bool) -> Tensor:
-        """That of the split."""
-        return self.split.order(seed=seed, epoch=epoch, shuffle=shuffle)
-
-    def identify(self, ids: Tensor, epoch: int) -> Tensor:
-        """What tells the samples of the split apart."""
-        return self.split.identify(ids, epoch)
-
-    def with_targets(self, targets: Mapping[str, Column]) -> StateSplit:
-        """The same samples with further targets."""
-        return StateSplit(self.split.with_targets(targets), self.state)
-
-    def checksum(self) -> int:
-        """That of the split's images."""
-        return self.split.checksum()
-
-    def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
-        """The samples `ids` of the split, the state beside the image."""
-        return self._with_state(self.split.make(ids, seed=seed, epoch=epoch, augment=augment))
-
-    def deal(self, shares: Iterable[Tensor], *, seed: int, epoch: int, augment: bool) -> Iterator[Batch]:
-        """The batches that the split deals, each with its state beside the image."""
-        for batch in self.split.deal(shares, seed=seed, epoch=epoch, augment=augment):
-            yield self._with_state(batch)
-
-    def _with_state(self, batch: Batch) -> Batch:
+    def change(self, batch: Batch, ids: Tensor, epoch: int) -> Batch:
+        """The batch with the state beside the image."""
         targets = dict(batch.targets)
         maps = targets.pop(self.state)[:, :, None, None].expand(-1, -1, *batch.inputs.shape[-2:])
         return replace(batch, inputs=torch.cat([batch.inputs, maps], dim=1), targets=targets)

@@ -31,6 +31,7 @@ class Field:
             the path, for whatever is wrong with the file. Processes have to be able to import it by name, so it is a
             function of a module or a `functools.partial` of one.
         mean, std, scale: of the `Column`.
+        limits: of depth or disparity, the values at the ends of the ramp that it is drawn in.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Field:
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
     scale: float = 0.001
+    limits: tuple[float, float] = (0.0, 1.0)
 
     def column(self, data: Tensor) -> Column:
         """The column of all samples as they are stored, ``[N, *shape]``."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import tee
 
 import torch
 from sidetask_core import Batch
 from torch import Tensor
 
 from sidetask_datasets import draws
-from sidetask_datasets.augment import Augmentation
+from sidetask_datasets.augment import Augmentation, Motion
 from sidetask_datasets.columns import Column
 
-_AT_ONCE = 2**18  # values of the inputs
+_LARGE = 2048  # pixels: images of as many are read one by one on the CPU
 
 
 class Split(ABC):
@@ -189,6 +190,7 @@ class ResidentSplit(Split):
         self.inputs = inputs
         self.targets = dict(targets)
         self.augmentation = augmentation
+        self._drawn: tuple[tuple[int, torch.device], Tensor] | None = None  # the numbers of an epoch, and which
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -226,12 +228,9 @@ class ResidentSplit(Split):
 
     def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
         """The samples `ids`, read and augmented on the device."""
-
-        def part(rows: slice) -> Batch:
-            inputs, targets = self.gather(ids[rows])
-            return self._finished(inputs, targets, ids[rows], seed=seed, epoch=epoch, augment=augment)
-
-        return self._in_parts(len(ids), ids.device, part)
+        motion = self._motion(ids, seed, epoch) if augment else None
+        targets = {name: _read(column, column.data, ids, motion) for name, column in self.targets.items()}
+        return Batch(_read(self.inputs, self.inputs.data, ids, motion), targets)
 
     def gather(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Inputs and targets of the samples `ids` as they are stored."""
@@ -242,39 +241,97 @@ class ResidentSplit(Split):
         self, inputs: Tensor, targets: dict[str, Tensor], ids: Tensor, *, seed: int, epoch: int, augment: bool
     ) -> Batch:
         """The batch of what `gather` gave for `ids`, on any device that all of it is on."""
+        motion = self._motion(ids, seed, epoch) if augment else None
+        expanded = {name: _read(self.targets[name], rows, None, motion) for name, rows in targets.items()}
+        return Batch(_read(self.inputs, inputs, None, motion), expanded)
 
-        def part(rows: slice) -> Batch:
-            some = {name: target[rows] for name, target in targets.items()}
-            return self._finished(inputs[rows], some, ids[rows], seed=seed, epoch=epoch, augment=augment)
+    def _motion(self, ids: Tensor, seed: int, epoch: int) -> Motion | None:
+        if self.augmentation is None:
+            return None
+        asked = draws.key(seed, "augment", epoch), ids.device
+        if self._drawn is None or self._drawn[0] != asked:
+            # For all samples at once: for those of a batch it takes as long, on the CPU as much as making small images.
+            everything = torch.arange(len(self), device=ids.device)
+            self._drawn = asked, draws.uniform(asked[0], everything, self.augmentation.draws)
+        height, width = self.inputs.data.shape[-2:]
+        return self.augmentation.motion(self._drawn[1].index_select(0, ids), (height, width))
 
-        return self._in_parts(len(ids), ids.device, part)
 
-    def _in_parts(self, count: int, device: torch.device, make: Callable[[slice], Batch]) -> Batch:
-        """A batch put together from some of its rows after the other."""
-        at_once = count
-        if device.type == "cpu":
-            # So that what is done to an image finds it in the processor's cache.
-            at_once = max(1, _AT_ONCE // max(1, self.inputs.data[:1].numel()))
-        if at_once >= count:
-            return make(slice(0, count))
-        whole: dict[str, Tensor] = {}
-        for start in range(0, count, at_once):
-            rows = slice(start, start + at_once)
-            part = make(rows)
-            for name, value in {"": part.inputs, **part.targets}.items():
-                if start == 0:
-                    whole[name] = value.new_empty(count, *value.shape[1:])
-                whole[name][rows] = value
-        return Batch(whole.pop(""), whole)
+class DerivedSplit(Split):
+    """A split whose batches are those of another, changed.
 
-    def _finished(
-        self, inputs: Tensor, targets: dict[str, Tensor], ids: Tensor, *, seed: int, epoch: int, augment: bool
-    ) -> Batch:
-        columns = self.targets
-        if not augment or self.augmentation is None:
-            expanded = {name: columns[name].expand(rows) for name, rows in targets.items()}
-            return Batch(self.inputs.expand(inputs), expanded)
-        numbers = draws.uniform(draws.key(seed, "augment", epoch), ids, self.augmentation.draws)
-        motion = self.augmentation.motion(numbers, (inputs.shape[-2], inputs.shape[-1]))
-        moved = {name: motion.target(columns[name], rows) for name, rows in targets.items()}
-        return Batch(self.inputs.expand(motion.image(inputs)), moved)
+    Args:
+        split: the other.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    @abstractmethod
+    def derive(self, split: Split) -> DerivedSplit:
+        """What this is of its split, of another one."""
+
+    @abstractmethod
+    def change(self, batch: Batch, ids: Tensor, epoch: int) -> Batch:
+        """A batch of the split, of the samples `ids`, as it is to be."""
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches appear."""
+        return self.split.device
+
+    @property
+    def nbytes(self) -> int:
+        """Those of the split, for what changes is made as it is needed."""
+        return self.split.nbytes
+
+    def to(self, device: torch.device | str, memory: int | None = None) -> DerivedSplit:
+        """The same of the split on `device`, see `Split.to`."""
+        return self.derive(self.split.to(device, memory))
+
+    def order(self, *, seed: int, epoch: int, shuffle: bool) -> Tensor:
+        """That of the split."""
+        return self.split.order(seed=seed, epoch=epoch, shuffle=shuffle)
+
+    def identify(self, ids: Tensor, epoch: int) -> Tensor:
+        """What tells the samples of the split apart."""
+        return self.split.identify(ids, epoch)
+
+    def with_targets(self, targets: Mapping[str, Column]) -> DerivedSplit:
+        """The same of the split with further targets."""
+        return self.derive(self.split.with_targets(targets))
+
+    def checksum(self) -> int:
+        """That of the split."""
+        return self.split.checksum()
+
+    def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
+        """The samples `ids` of the split, changed."""
+        return self.change(self.split.make(ids, seed=seed, epoch=epoch, augment=augment), ids, epoch)
+
+    def deal(self, shares: Iterable[Tensor], *, seed: int, epoch: int, augment: bool) -> Iterator[Batch]:
+        """The batches that the split deals, changed."""
+        given, taken = tee(shares)
+        batches = self.split.deal(given, seed=seed, epoch=epoch, augment=augment)
+        for ids, batch in zip(taken, batches, strict=True):
+            yield self.change(batch, ids, epoch)
+
+
+def _read(column: Column, data: Tensor, ids: Tensor | None, motion: Motion | None) -> Tensor:
+    """The rows `ids` of a column's data, all if None, moved, as a batch has them."""
+    if data.device.type != "cpu" or data.ndim < 3 or data.shape[-2] * data.shape[-1] < _LARGE:
+        rows = data if ids is None else data.index_select(0, ids)
+        return column.expand(rows) if motion is None else motion.read(column, rows)
+    # One by one, from where they are stored, so that what is done to an image finds it in the processor's cache.
+    places = range(len(data)) if ids is None else ids.tolist()
+    found = column.room(len(places), data)
+    for index, place in enumerate(places):
+        row, out = data[place : place + 1], found[index : index + 1]
+        if motion is None:
+            column.expand(row, out)
+        else:
+            motion.read_one(index, column, row, out)
+    return found

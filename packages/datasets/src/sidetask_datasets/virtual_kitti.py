@@ -29,14 +29,11 @@ import torch
 from numpy.typing import NDArray
 
 from sidetask_datasets import draws
-from sidetask_datasets import tasks as task_kinds
-from sidetask_datasets.adapter import MEAN, STD, Folder, Target, dense_targets, read_dataset
-from sidetask_datasets.augment import Augmentation
-from sidetask_datasets.dataset import Dataset, check_seed, check_size, check_switches, choose, choose_primary
+from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
+from sidetask_datasets.dataset import Dataset, check_seed, check_size, choose
 from sidetask_datasets.files import DataError, missing, picture_size, read_picture
 from sidetask_datasets.frames import read_colour
 from sidetask_datasets.source import Field, Item, Source
-from sidetask_datasets.view import View
 
 TASKS = ("segmentation", "inverse_depth")
 CLASSES = (
@@ -90,7 +87,7 @@ _UNLABELLED = 255
 _FIELDS = ("image", *TASKS)
 
 
-def virtual_kitti(
+def virtual_kitti(  # noqa: D417 -- what all adapters take is described in one place
     root: Folder,
     tasks: Sequence[str] = TASKS,
     *,
@@ -117,38 +114,30 @@ def virtual_kitti(
         worlds: among "0001", "0002", "0006", "0018", "0020", which version 2 calls Scene01, Scene02 and so on.
         variations: of weather, light and direction.
         camera: 0 or 1, of version 2, which has two; version 1.3.1 has camera 0.
-        primary: the tasks that count; None for all.
         seed: of the shuffle, and of `noise`. Another seed is decoded anew.
-        noise: add an auxiliary task "noise", see `with_noise`.
-        cache: where decoded frames are kept, see `cache.cache_folder`.
-        device: where the frames live.
+        primary, noise, cache, device: see `adapter.read_dense`.
 
     Raises:
         DataError: beginning with the path of the file at fault: a picture or encoding that is missing, surplus or
             damaged, a picture of another size, a colour that is no class's. All problems of the pictures come together.
         ValueError: for an unknown task, world or variation, or a switch that is neither true nor false.
     """
-    names = choose("task", tasks, TASKS)
-    wanted = choose_primary(primary, names)
-    check_switches(noise=noise)
-    source = virtual_kitti_source(
-        root, names, size=size, worlds=worlds, variations=variations, camera=camera, seed=seed
-    )
-    found = {
-        "segmentation": lambda: dense_targets(
-            ["segmentation"], wanted, classes={"segmentation": CLASSES}, colours={"segmentation": COLOURS}
-        )[0],
-        # Limits from near to far, so that near is bright.
-        "inverse_depth": lambda: Target(
-            task_kinds.disparity("inverse_depth", "inverse_depth" in wanted), 1, View("scalar", limits=(0.25, 0.0))
+    return read_dense(
+        partial(
+            virtual_kitti_source,
+            root,
+            tasks,
+            size=size,
+            worlds=worlds,
+            variations=variations,
+            camera=camera,
+            seed=seed,
         ),
-    }
-    return read_dataset(
-        source,
-        [found[name]() for name in names],
-        augmentation=Augmentation(),
-        noise=noise,
+        classes={"segmentation": CLASSES},
+        colours={"segmentation": COLOURS},
+        primary=primary,
         seed=seed,
+        noise=noise,
         cache=cache,
         device=device,
     )
@@ -204,7 +193,9 @@ def virtual_kitti_source(
     fields = {
         "image": Field("image", (3, *shape), "uint8", partial(read_colour, **options), MEAN, STD),
         "segmentation": Field("classes", shape, "uint8", partial(read_palette, **options)),
-        "inverse_depth": Field("disparity", shape, "float32", partial(read_inverse_depth, **options)),
+        "inverse_depth": Field(
+            "disparity", shape, "float32", partial(read_inverse_depth, **options), limits=(0.25, 0.0)
+        ),
     }
     order = draws.permutation(draws.key(seed, "virtual_kitti"), len(samples)).tolist()
     tenth = max(len(samples) // 10, 1)

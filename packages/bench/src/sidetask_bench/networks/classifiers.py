@@ -9,10 +9,11 @@ from sidetask_core import SplitModel
 from sidetask_datasets import Dataset
 from torch import Tensor, nn
 
+from sidetask_bench.networks.domains import normalised_by_domain
 from sidetask_bench.networks.parts import check_cut, check_whole, image_shape
 from sidetask_bench.networks.resnet import FEATURES, check_depth, resnet_stages
 
-_VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+_VGG16 = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))  # widths, in units of the first
 
 
 def resnet(
@@ -45,32 +46,41 @@ def resnet(
     return SplitModel.from_stages(stages, check_cut(cut, len(stages)), heads)
 
 
-def vgg16(dataset: Dataset, *, cut: int | None = None, hidden: int = 512) -> SplitModel:
+def vgg16(
+    dataset: Dataset, *, cut: int | None = None, width: int = 64, hidden: int = 512, by_domain: bool = False
+) -> SplitModel:
     """VGG-16 with batch normalisation for small images, five stages of convolutions.
 
     Args:
         dataset: says how large the images are and which heads there are.
         cut: how many of the five stages are shared; all by default.
+        width: channels of the first stage; the others have 2, 4, 8 and 8 times as many.
         hidden: width of a head's hidden layer; 0: none.
+        by_domain: shared stages normalise each input by itself (`normalised_by_domain`), for tasks with inputs of
+            their own, as on CIFAR-100's domains in Auto-λ.
 
     Returns:
         A model from ``[N, C, H, W]`` to ``[N, outputs]`` for each task.
 
     Raises:
-        ValueError: for an impossible cut, a dense dataset, or images smaller than 32×32.
+        ValueError: for an impossible cut or width, a dense dataset, images smaller than 32×32, or `by_domain` where
+            tasks have their input in common.
     """
     check_whole("vgg16", dataset)
-    channels, height, width = image_shape(dataset)
-    if min(height, width) < 32:
-        raise ValueError(f"vgg16 halves an image five times; {height}×{width} is too small for that")
+    channels, rows, columns = image_shape(dataset)
+    if min(rows, columns) < 32:
+        raise ValueError(f"vgg16 halves an image five times; {rows}×{columns} is too small for that")
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        raise ValueError(f"width is a number of channels, at least 1, found {width!r}")
     stages = []
-    for widths in _VGG16:
+    for multiples in _VGG16:
         layers: list[nn.Module] = []
-        for outputs in widths:
+        for outputs in (width * multiple for multiple in multiples):
             layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
             channels = outputs
         stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
-    return SplitModel.from_stages(stages, check_cut(cut, len(stages)), _heads(dataset, channels, hidden))
+    model = SplitModel.from_stages(stages, check_cut(cut, len(stages)), _heads(dataset, channels, hidden))
+    return normalised_by_domain(model, dataset) if by_domain else model
 
 
 def lenet(dataset: Dataset, *, cut: int | None = None, hidden: int = 50) -> SplitModel:

@@ -241,7 +241,7 @@ def test_the_pointer_reads_values(page, written):
         const b = s.getBoundingClientRect(), k = b.width / s.viewBox.baseVal.width;
         return [b.x + {mark[0]} * k, b.y + {mark[1]} * k]; }})()"""
     )
-    page.mouse(x + 1, y - 1, "mouseMoved")
+    page.mouse(x, y, "mouseMoved")
     said = page.run("document.getElementById('tip').innerText")
     assert said == mark[2]
     assert said.startswith(f"single, epoch 3: {mean:.4g} (")

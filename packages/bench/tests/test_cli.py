@@ -163,6 +163,45 @@ def test_two_processes_train_one_run(
         train(load(*changes).run(None, 0), folder)
 
 
+# One of two processes dies in its eighth step; torchrun ends the other, and begins both again.
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from sidetask_bench.cli import app
+from sidetask_core import Step
+
+died, *arguments = sys.argv[1:]
+backward, count = Step.backward, 0
+
+def dying(*args, **kwargs):
+    global count
+    count += 1
+    if count == 8 and os.environ["RANK"] == "1" and not Path(died).exists():
+        Path(died).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return backward(*args, **kwargs)
+
+Step.backward = dying
+app(arguments, prog_name="sidetask")
+"""
+
+
+def test_two_processes_of_which_one_is_killed_end_as_if_none_had_been(
+    tiny: Callable[..., Path], tmp_path: Path, python: Any, outcome: Any
+) -> None:
+    """Bit for bit, for gloo adds the same numbers in the same order; with what is sampled of the gradients."""
+    (tmp_path / "dying.py").write_text(DYING)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    settings = ["training.epochs=2", "method=rlw", "training.checkpoint_every=2", "training.gradients={every: 3}"]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    whole = python(*launch, "-m", "sidetask_bench", "train", str(tiny()), "--folder", "whole", *sets)
+    assert whole.returncode == 0, whole.stderr
+    killed = python(*launch, "dying.py", "died", "train", str(tiny()), "--folder", "killed", *sets)
+    assert killed.returncode == 0, killed.stderr
+    assert (tmp_path / "died").exists()
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
 @pytest.fixture
 def frames(tmp_path: Path) -> Path:
     """A folder of frames, each of one grey."""

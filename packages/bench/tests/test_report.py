@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import itertools
 import json
 import re
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from sidetask_bench import plots, records, report, tables
+from sidetask_bench import drawing, plots, records, report, shapes, tables
 from sidetask_bench.gallery import Gallery, Legend, Picture, Strip
 
 pytestmark = pytest.mark.thorough
@@ -126,7 +128,10 @@ def make(folder, rows=("single", "equal", "pcgrad"), seeds=(0, 1, 2), steps=450,
 def pictures(rows=("single", "equal")):
     pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     shown = [Picture("input", pixels), Picture("truth", pixels)]
-    strips = [Strip("depth", index, [*shown, *(Picture(row, pixels, "wrong") for row in rows)]) for index in (1, 5)]
+    strips = [
+        Strip("depth", index, [*shown, *(Picture(row, pixels, "wrong", i) for i, row in enumerate(rows))])
+        for index in (1, 5)
+    ]
     return Gallery(strips, {"depth": Legend("black has no label", [(HOSTILE, "#010203")], pixels, (0.0, 9.5))})
 
 
@@ -172,14 +177,17 @@ def written(tmp_path_factory):
 def test_report_needs_nothing_but_itself(written):
     page = Page(written[2])
     assert page.links
-    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert all(link.startswith(("data:image/", "data:text/yaml", "#")) for link in page.links)
     assert "@import" not in written[2]
     assert not re.search(r"url\((?!#)", written[2])
     assert set(re.findall(r"https?://[^\"' >]*", written[2])) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
     }  # names of XML vocabularies, which nothing opens
-    assert not {"link", "iframe", "script", "object"} & set(page.tags)
+    assert not {"link", "iframe", "object"} & set(page.tags)
+    (script,) = re.findall(r"<script>(.*?)</script>", written[2], re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in written[2], "the browser runs this script and no other"
     assert len(page.ids) == len(set(page.ids)), "charts keep to their own ids"
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
 
@@ -258,13 +266,13 @@ def test_report_and_table_show_the_same_numbers(written):
 
 def test_pictures_have_the_size_they_should(written):
     folder = written[0]
-    width, height = (round(side * plots.DPI) for side in plots.PANEL)
+    width, height = (round(side * drawing.DPI) for side in drawing.PANEL)
     sizes = {}
     for name in ("improvement", "weights", "losses", "validation", "gallery"):
         with Image.open(folder / "pictures" / f"{name}.png") as image:
             sizes[name] = image.size
             assert len(np.unique(np.asarray(image.convert("L")))) > 10, f"{name} is empty"
-    head = round(0.35 * plots.DPI)
+    head = round(0.35 * drawing.DPI)
     assert sizes["losses"] == sizes["validation"] == pytest.approx((3 * width, height + head), abs=2)
     assert sizes["improvement"] == pytest.approx((3 * width, 2 * height + head), abs=2)
     assert sizes["weights"] == pytest.approx((2 * width, height + head), abs=2)  # a combiner has no panel
@@ -317,7 +325,9 @@ def test_decoder_weights_and_norms_are_drawn_where_they_say_something(tmp_path):
     for name in ("decoders", "norms"):
         with Image.open(tmp_path / "pictures" / f"{name}.png") as image:
             # One panel, and two lines of title above it.
-            assert image.size == pytest.approx((plots.PANEL[0] * plots.DPI, (plots.PANEL[1] + 0.6) * plots.DPI), abs=2)
+            assert image.size == pytest.approx(
+                (drawing.PANEL[0] * drawing.DPI, (drawing.PANEL[1] + 0.6) * drawing.DPI), abs=2
+            )
 
 
 def test_coefficients_of_transfers_are_a_matrix_over_training(tmp_path):
@@ -434,10 +444,10 @@ def test_no_comparison(tmp_path):
 def test_numbers_beside_bars_stay_inside_the_axes(tmp_path, means):
     make(tmp_path)
     names = [row.name for row in records.load(tmp_path).rows[: len(means)]]
-    bars = [plots.Bar(mean, abs(mean)) for mean in means]
-    draw = partial(plots._bars, names=names, bars=bars, label="improvement")
-    figure = Figure(figsize=plots.PANEL, dpi=plots.DPI)
-    ax = plots._place(figure, plots.Panel("", draw, "", 1.6, 0.15), 0, 0, top=0.04)
+    bars = [shapes.Bar(mean, abs(mean)) for mean in means]
+    draw = partial(shapes.bars, names=names, values=bars, label="improvement")
+    figure = Figure(figsize=drawing.PANEL, dpi=drawing.DPI)
+    ax, _ = drawing.place(figure, drawing.Panel("", draw, "", 1.6, 0.15), 0, 0, top=0.04)
     ax.autoscale_view()
     whole = ax.get_window_extent()
     assert len(ax.texts) == len(bars)
@@ -465,9 +475,10 @@ def test_a_front_is_a_line_through_its_rows_and_better_is_to_the_upper_right(tmp
     means = {
         row["name"]: (row["mean"]["segmentation"]["mIoU"], row["mean"]["depth"]["absolute"]) for row in data["rows"]
     }
-    lines = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() in plots._MARKERS]
-    for line, of in zip(lines, (["single"], ["p2", "p0", "p1"]), strict=True):
-        np.testing.assert_allclose(line, [means[row] for row in of])
+    points = [line.get_xydata()[0] for line in axes.lines if line.get_marker() in drawing._MARKERS]
+    np.testing.assert_allclose(points, [means[row] for row in ("single", "p2", "p0", "p1")])
+    (front,) = (line.get_xydata() for line in axes.lines if len(line.get_xydata()) == 3)
+    np.testing.assert_allclose(front, [means[row] for row in ("p2", "p0", "p1")])
     assert {text.get_text(): text.xy for text in axes.texts if text.get_text() in "012"} == {
         row[1]: pytest.approx(means[row]) for row in ("p2", "p0", "p1")
     }
@@ -490,8 +501,8 @@ def test_spread_keeps_order_and_distance():
     generator = np.random.default_rng(1)
     for count in (1, 2, 7):
         places = sorted(generator.random(count))
-        moved = plots._spread(places, 0.1)
+        moved = shapes._spread(places, 0.1)
         assert all(b - a > 0.1 - 1e-9 for a, b in itertools.pairwise(moved))
         assert all(-1e-9 < place < 1 + 1e-9 for place in moved)
-    assert plots._spread([0.0, 0.5, 1.0], 0.1) == [0.0, 0.5, 1.0]
-    assert plots._spread([0.4, 0.4], 0.1) == pytest.approx([0.35, 0.45])
+    assert shapes._spread([0.0, 0.5, 1.0], 0.1) == [0.0, 0.5, 1.0]
+    assert shapes._spread([0.4, 0.4], 0.1) == pytest.approx([0.35, 0.45])

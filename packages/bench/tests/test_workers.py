@@ -1,6 +1,7 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -103,19 +104,35 @@ def test_runs_in_other_processes_show_their_progress_here(load: Loader, tmp_path
         assert list(dict.fromkeys(events)) == ["begin", "show", "finished", "end"]
 
 
-def test_a_terminal_has_a_bar_for_each_run_that_goes_on() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_terminal_shows_all_of_every_run_that_goes_on(width: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
     display = ConsoleDisplay(console)
+    tasks = ("segmentation", "depth", "normals", "edges")
+    latest = {
+        "losses": {task: 1.25 + i for i, task in enumerate(tasks)},
+        "encoder": dict.fromkeys(tasks, 0.5),
+        "samples_per_second": 123.4,
+        "memory_bytes": 2**31,
+    }
+
+    def shown() -> str:
+        with console.capture() as captured:
+            console.print(display.view())
+        return " ".join(captured.get().split())
+
     with display:
-        display.begin("a/seed0", 0, 10)
-        display.begin("b/seed0", 5, 10)
-        display.show("b/seed0", 6, 1, 2, {"losses": {"depth": 0.4}, "encoder": {"depth": 1.1}})
-        assert display.bars is not None
-        assert [(bar.description, bar.completed) for bar in display.bars.tasks] == [("a/seed0", 0), ("b/seed0", 6)]
-        assert display.bars.tasks[1].fields["live"] == "epoch 2/2  depth 0.400 ×1.10"
+        display.begin("a/seed0", 0, 4000)
+        display.begin("b/seed0", 5, 4000)
+        display.show("b/seed0", 600, 1, 2, latest)
+        text = shown()
+        for words in ("a/seed0", "0/4000", "b/seed0", "600/4000", "epoch 2/2 123 samples/s 2.00 GiB", "━━━"):
+            assert words in text
+        assert len(re.findall(r"-:--:--|\d:\d\d:\d\d", text)) == 2, "the time that is left"
+        assert "segmentation 1.250 ×0.50 depth 2.250 ×0.50 normals 3.250 ×0.50 edges 4.250 ×0.50" in text
         display.end("b/seed0")
-        assert [bar.description for bar in display.bars.tasks] == ["a/seed0"]
-    assert display.bars is None
+        assert "b/seed0" not in shown()
+    assert shown() == ""
 
 
 def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,4 +211,5 @@ def test_who_reads_is_known_when_a_step_looks_ahead(split):
         one, probe = (drawn(batch, NAMES) for batch in batches(2, names=NAMES))
         step.backward(one, validation=probe, optimizer=optimizer)
         found.append(rule.seen[0][0])
-    torch.testing.assert_close(*found, rtol=5e-3, atol=1e-6)
+    # A difference crosses kinks.
+    torch.testing.assert_close(*found, rtol=0, atol=1e-3 * found[0].abs().max().item())

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from sidetask_core import StepFailure, relative_improvement_by_task
 
-from sidetask_bench import plots, storage
+from sidetask_bench import drawing, plots, storage
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, RunConfig
 from sidetask_bench.progress import Display
@@ -122,7 +122,7 @@ def ablate_transfers(
     if rows:
         storage.write_text(folder / "ablation.csv", csv_text(rows))
         panel = plots.matrix_panel("Gain by each connection (%)", tasks, effect)
-        plots.png([panel], folder / "ablation.png", columns=1)
+        drawing.png([panel], folder / "ablation.png", columns=1)
     return Ablation(tasks, effect, rows, failed)
 
 

@@ -25,6 +25,7 @@ from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_bench.run import train as run_training
 from sidetask_bench.runtime import cores, processes
 from sidetask_bench.schema import ExperimentError, plain
+from sidetask_bench.workers import Pool
 
 app = typer.Typer(
     help="Train and compare multi-task and auxiliary-learning methods.",
@@ -103,12 +104,22 @@ def compare(
     folder: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
     runs: Runs = Path("runs"),
     jobs: Jobs = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto for this machine's, local for a new one."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train every row with every seed, and write table and report; finished runs are kept."""
     loaded = load_experiment(experiment, assignments or ())
     words = ["sidetask", "compare", experiment, *(word for each in assignments or () for word in ("--set", each))]
-    failed = _compare(loaded, folder or runs / loaded.name, jobs, overwrite, shlex.join(words), _console())
+    pool = None
+    if ray is not None:
+        from sidetask_bench.cluster import Cluster
+
+        pool = functools.partial(Cluster, address=ray)
+    folder = folder or runs / loaded.name
+    failed = _compare(loaded, folder, jobs, overwrite, shlex.join(words), _console(), pool)
     if failed:
         raise typer.Exit(1)
 
@@ -420,9 +431,19 @@ def list_installed() -> None:
     console.print(table)
 
 
-def _compare(experiment: Experiment, folder: Path, jobs: int, overwrite: bool, command: str, console: Console) -> bool:
+def _compare(
+    experiment: Experiment,
+    folder: Path,
+    jobs: int,
+    overwrite: bool,
+    command: str,
+    console: Console,
+    pool: Callable[[int], Pool] | None = None,
+) -> bool:
     display = _display(console)
-    comparison = run_comparison(experiment, folder, jobs=jobs, overwrite=overwrite, display=display, command=command)
+    comparison = run_comparison(
+        experiment, folder, jobs=jobs, overwrite=overwrite, display=display, command=command, pool=pool
+    )
     if parallel.rank():
         return False
     console.print(tables.terminal(comparison))

@@ -15,7 +15,7 @@ from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, RunConfig
 from sidetask_bench.progress import Display
 from sidetask_bench.schema import ExperimentError, plain
-from sidetask_bench.workers import train_all
+from sidetask_bench.workers import Pool, train_all
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
@@ -32,6 +32,7 @@ def compare(
     overwrite: bool = False,
     display: Display | None = None,
     command: str = "",
+    pool: Callable[[int], Pool] | None = None,
 ) -> dict[str, Any]:
     """Train every row with every seed and compare their test metrics.
 
@@ -47,6 +48,7 @@ def compare(
         overwrite: start every run again.
         display: shows progress; nothing by default.
         command: how a reader can run this again; kept in the comparison.
+        pool: where runs go on, given `jobs`; processes of this machine by default.
 
     Returns:
         What is in ``comparison.json``. On other processes than 0 of ``torchrun``, an empty mapping.
@@ -61,11 +63,17 @@ def compare(
     breakdown.check(experiment.breakdown, dataset)
     for configs in runs.values():
         make_step(configs[0], dataset)
-    if jobs > 1 and parallel.world() > 1:
-        raise ExperimentError("--jobs: torchrun's processes share each run already; give it 1")
+    if (jobs > 1 or pool is not None) and parallel.world() > 1:
+        raise ExperimentError("--jobs, --ray: torchrun's processes share each run already; take one or the other")
     places = [(config, folder / config.label) for configs in runs.values() for config in configs]
     outcomes = train_all(
-        places, dataset, experiment.dataset, at_once=jobs, overwrite=overwrite, display=display or Display()
+        places,
+        dataset,
+        experiment.dataset,
+        at_once=jobs,
+        overwrite=overwrite,
+        display=display or Display(),
+        pool=pool,
     )
     done = {(config.row, config.seed): outcome for config, outcome in outcomes}
     results: dict[str, list[dict[str, Any]]] = {}

@@ -115,6 +115,18 @@ class StepDecay:
 
 
 @dataclass(frozen=True)
+class Gradients:
+    """How often the tasks' gradients are compared while training, and where (`sidetask_bench.conflict`).
+
+    Each comparison costs a forward pass on the step's batch and a backward pass for every task over the encoder; at the
+    shared ``features``, which tasks with inputs of their own do not have in common, one over the heads alone.
+    """
+
+    every: int = limited(50, minimum=1)
+    at: Literal["parameters", "features"] = "parameters"
+
+
+@dataclass(frozen=True)
 class Training:
     """How to train.
 
@@ -126,6 +138,8 @@ class Training:
     the last so many, of which the test metrics are means (the literature's choice where nothing is held out).
     Methods that look ahead want to do well on batches of the split `lookahead`; its training batches are not those of
     the step. A checkpoint is written after every epoch, and every `checkpoint_every` optimizer steps if given.
+    With `gradients`, the conflict between the tasks' gradients is recorded at some of the steps, which changes no other
+    number of the run.
     """
 
     epochs: int = limited(10, minimum=1)
@@ -140,6 +154,7 @@ class Training:
     average: int = limited(1, minimum=1)
     lookahead: Literal["validation", "train"] = "validation"
     checkpoint_every: int | None = limited(None, minimum=1)
+    gradients: Gradients | None = None
     device: str = "auto"
     threads: int | None = limited(None, minimum=1)
     deterministic: bool = False

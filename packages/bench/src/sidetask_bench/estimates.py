@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from sidetask_core import Batch, StepFailure
 
-from sidetask_bench import plots, runtime, storage
+from sidetask_bench import drawing, plots, runtime, storage
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, Plugin, RunConfig
 from sidetask_bench.progress import Display
@@ -200,4 +200,4 @@ def _write(found: Estimates, folder: Path) -> None:
     panels += [
         plots.matrix_panel(name, names, matrix) for name, matrix in found.matrices.items() if np.isfinite(matrix).any()
     ]
-    plots.png(panels, folder / "estimates.png")
+    drawing.png(panels, folder / "estimates.png")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +29,15 @@ MARKS = {"right": "✓", "wrong": "✗"}
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture with what is written under it; `note` says of a label whether it is "right" or "wrong"."""
+    """One picture with what is written under it; `note` says of a label whether it is "right" or "wrong".
+
+    `row` is the index of the row that predicts it, None for inputs and truths.
+    """
 
     caption: str
     pixels: Pixels
     note: str = ""
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def collect(comparison: Comparison, samples: int | None = None) -> Gallery:
     dataset: Dataset | None = None
     strips: dict[tuple[int, str], Strip] = {}
     legends: dict[str, Legend] = {}
-    for row in comparison.rows:
+    for place, row in enumerate(comparison.rows):
         _, dataset, model = load_run(comparison.folder / row.runs[0]["folder"], dataset)
         indices = _even(len(dataset.test), samples or (3 if dataset.dense else 8))
         for index in indices:
@@ -92,7 +96,8 @@ def collect(comparison: Comparison, samples: int | None = None) -> Gallery:
                     strips[index, task.name] = _start(dataset, task, batch, index)
                 with torch.no_grad():
                     prediction = model(batch.input_of(task), tasks=[task.name])[task.name][0]
-                strips[index, task.name].pictures.append(_predicted(dataset, task, batch, prediction, row.name))
+                predicted = _predicted(dataset, task, batch, prediction, row.name)
+                strips[index, task.name].pictures.append(replace(predicted, row=place))
         for task in dataset.tasks:
             legends.setdefault(task.name, _legend(task, dataset.views[task.name], _truths(dataset, task, indices)))
     tasks = list(legends)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sidetask_core import Task
 
-from sidetask_bench import plots, storage
+from sidetask_bench import drawing, plots, storage
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.compare import Results, improvements, mean_of_runs
 from sidetask_bench.config import Experiment, RunConfig
@@ -156,7 +156,7 @@ def compare_groupings(
     )
     storage.write_json(folder / "grouping.json", result)
     storage.write_text(folder / "grouping.csv", csv_text(result.rows()))
-    plots.png(plots.grouping_panels(result), folder / "grouping.png", columns=len(names))
+    drawing.png(plots.grouping_panels(result), folder / "grouping.png", columns=len(names))
     return result
 
 

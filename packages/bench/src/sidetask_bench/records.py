@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -171,34 +171,37 @@ def validation(comparison: Comparison) -> dict[str, dict[str, Curve]]:
     )
 
 
-StepGroup = Literal["encoder", "decoder", "norms"]
+StepGroup = Literal["encoder", "decoder", "norms", "cosines", "ratios", "condition"]
 
 
 def steps(comparison: Comparison, group: StepGroup = "encoder") -> dict[str, dict[str, Curve]]:
-    """Row to task to a value per step: means of equal stretches of steps, over all seeds.
+    """Row to name to a value at each step that has one: means of equal stretches of them, over all seeds.
 
     The band is what the values really did in a stretch: from the smallest to the largest of any step and seed.
 
     Args:
         comparison: whose runs recorded them.
         group: weights in the ``"encoder"``, where a row whose rule combines gradients without weights has no task; in
-            the ``"decoder"``, where a row has none if they are all one, or those of the encoder; or ``"norms"``, the
-            gradients' norms at the features, where a row has some if its method reads them.
+            the ``"decoder"``, where a row has none if they are all one, or those of the encoder; ``"norms"``, the
+            gradients' norms at the features, where a row has some if its method reads them; or what compares the tasks'
+            gradients at the steps that were sampled (`sidetask_bench.conflict`), by pairs of tasks, tasks and
+            ``gramian``.
     """
     result: dict[str, dict[str, Curve]] = {}
     for row in comparison.rows:
-        series: dict[str, list[list[float]]] = {}
+        series: dict[str, list[list[tuple[int, float]]]] = {}
         for run in row.runs:
-            of_run: dict[str, list[float]] = {}
+            of_run: dict[str, list[tuple[int, float]]] = {}
             ones = alike = group == "decoder"
             for line in _lines(comparison.folder / run["folder"] / "weights.jsonl"):
                 found = line.get(group, {})
                 alike, ones = alike and found == line.get("encoder"), ones and set(found.values()) == {1.0}
-                for task, value in found.items():
-                    of_run.setdefault(task, []).append(_number(value))
-            for task, values in [] if alike or ones else of_run.items():
-                series.setdefault(task, []).append(values)
-        result[row.name] = {task: _pooled(values) for task, values in series.items()}
+                for name, value in found.items():
+                    of_run.setdefault(name, []).append((line["step"], _number(value)))
+            for name, values in [] if alike or ones else of_run.items():
+                series.setdefault(name, []).append(values)
+        curves = {name: _pooled(values) for name, values in series.items()}
+        result[row.name] = {name: curve for name, curve in curves.items() if np.isfinite(curve.mean).any()}
     return result
 
 
@@ -276,20 +279,22 @@ def _over_seeds(x: Array, values: Array) -> Curve:
     return Curve(x, mean, mean - spread, mean + spread)
 
 
-def _pooled(series: list[list[float]]) -> Curve:
+def _pooled(series: list[list[tuple[int, float]]]) -> Curve:
+    """Steps, counted from 1, and values of every run, in stretches of so many that few enough points are left."""
     length = min(len(values) for values in series)
-    table = np.array([values[:length] for values in series])
+    at = np.array([step + 1.0 for step, _ in series[0][:length]])
+    table = np.array([[value for _, value in values[:length]] for values in series])
     pooled = max(1, math.ceil(length / _POINTS))
-    stretches = [table[:, start : start + pooled] for start in range(0, length, pooled)]
-    return Curve(
-        np.array(
-            [start + (part.shape[1] + 1) / 2 for start, part in zip(range(0, length, pooled), stretches, strict=True)]
-        ),
-        np.array([part.mean() for part in stretches]),
-        np.array([part.min() for part in stretches]),
-        np.array([part.max() for part in stretches]),
-        pooled,
-    )
+    stretches = [slice(start, start + pooled) for start in range(0, length, pooled)]
+    x = np.array([at[part].mean() for part in stretches])
+    mean, low, high = (np.array([_known(of, table[:, part]) for part in stretches]) for of in (np.mean, np.min, np.max))
+    return Curve(x, mean, low, high, pooled)
+
+
+def _known(reduce: Callable[[Array], float], values: Array) -> float:
+    """Of the values that are known; NaN if none is."""
+    known = values[np.isfinite(values)]
+    return float(reduce(known)) if known.size else math.nan
 
 
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sidetask_core import StepFailure
 
-from sidetask_bench import plots, storage
+from sidetask_bench import drawing, plots, storage
 from sidetask_bench.assemble import blaming, make_dataset, make_step
 from sidetask_bench.config import Experiment, Plugin, RunConfig
 from sidetask_bench.progress import Display
@@ -75,7 +75,7 @@ def enumerate_relations(
     relations = enumerate_transfers(done, dataset.tasks, definition=definition_of(experiment), progress=lambda *_: None)
     relations.save(folder / "relations.json")
     storage.write_text(folder / "relations.csv", csv_text(relations.rows))
-    plots.png([plots.relations_panel(relations.tasks, relations.improvement)], folder / "relations.png", columns=1)
+    drawing.png([plots.relations_panel(relations.tasks, relations.improvement)], folder / "relations.png", columns=1)
     return relations
 
 

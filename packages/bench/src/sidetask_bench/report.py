@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,8 +15,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from sidetask_bench import drawing, plots, records, tables
 from sidetask_bench import gallery as galleries
-from sidetask_bench import plots, records, tables
 from sidetask_bench.document import dump
 from sidetask_bench.records import Comparison, RowRecord, TaskRecord
 from sidetask_bench.schema import ExperimentError
@@ -89,6 +91,9 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         "decoders": plots.step_panels(comparison, below, "weight in the decoder"),
         "sharing": plots.sharing_panels(comparison, _headline_label),
         "norms": plots.step_panels(comparison, norms, "gradient norm", rule=None),
+        "cosines": plots.cosine_panels(comparison, records.steps(comparison, "cosines")),
+        "ratios": plots.step_panels(comparison, records.steps(comparison, "ratios"), "gradient norm / mean norm"),
+        "condition": plots.condition_panels(comparison, records.steps(comparison, "condition")),
         "losses": plots.curve_panels(comparison, records.losses(comparison), lambda task: "training loss"),
         "validation": plots.curve_panels(comparison, records.validation(comparison), _headline_label),
     }
@@ -102,7 +107,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
     pictures = comparison.folder / "pictures"
     for name, panels in groups.items():
         if panels:
-            plots.png(panels, pictures / f"{name}.png", title=f"{comparison.name}: {titles[name]}")
+            drawing.png(panels, pictures / f"{name}.png", title=f"{comparison.name}: {titles[name]}")
     if gallery and gallery.strips:
         galleries.png(gallery, pictures / "gallery.png")
     environment = Environment(
@@ -113,6 +118,8 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["picture"] = _png_uri
+    environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
+    script = _template("report.js")
     columns = table(comparison)
     page = environment.get_template("report.html.j2").render(
         comparison=comparison,
@@ -121,24 +128,63 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         columns=columns,
         improvement=_improvement_cells(comparison),
         times=_time_cells(comparison),
-        light=plots.LIGHT.variables(),
-        dark=plots.DARK.variables(),
-        colours=len(plots.LIGHT.colours),
+        light=drawing.LIGHT.variables(),
+        dark=drawing.DARK.variables(),
+        colours=len(drawing.LIGHT.colours),
         panels={
-            name: [(panel, plots.svg(panel, f"{name}{i}")) for i, panel in enumerate(panels)]
+            name: [(panel, drawing.svg(panel, f"{name}{i}")) for i, panel in enumerate(panels)]
             for name, panels in groups.items()
         },
         by_class=[(found, class_table(comparison, found)) for found in broken_down],
         unweighted=[row.name for row in comparison.rows if not weights[row.name]],
+        where=_where_sampled(comparison),
         gallery=gallery if gallery and gallery.strips else None,
         no_gallery=missing,
         marks=galleries.MARKS,
         mixed=tables.mixed_versions(comparison.mixed_versions),
         config=dump(comparison.config) if comparison.config else "",
+        install=_install(comparison),
+        made_with=comparison.versions | _machines(comparison),
+        css=_template("report.css"),
+        script=script,
+        # The page runs this script and no other, whatever names say.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     path = comparison.folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    # Line ends as they are, for the script's hash.
+    path.write_text(page, encoding="utf-8", newline="")
     return path
+
+
+def _template(name: str) -> str:
+    return (resources.files("sidetask_bench") / "templates" / name).read_text("utf-8").replace("\r\n", "\n")
+
+
+def _where_sampled(comparison: Comparison) -> str:
+    """Where gradients were compared, as rows may set it too."""
+    rows = [comparison.config, *(row or {} for row in comparison.config.get("rows", {}).values())]
+    set_ = [row["training"]["gradients"] for row in rows if (row.get("training") or {}).get("gradients")]
+    places = dict.fromkeys(sampling.get("at", "parameters") for sampling in set_)
+    return "at the shared " + " or ".join(places) if places else "at the shared layers"
+
+
+def _install(comparison: Comparison) -> str:
+    """The command that brings what the runs were made with; empty if that was not the same for all."""
+    if comparison.mixed_versions:
+        return ""
+    # What follows a plus is a build of torch, which an index of its own has.
+    versions = {name: version.partition("+")[0] for name, version in comparison.versions.items() if name != "python"}
+    return " ".join(["pip install", *(f"{name}=={version}" for name, version in versions.items())] if versions else [])
+
+
+def _machines(comparison: Comparison) -> dict[str, str]:
+    """On what the runs were made, and how long they took together."""
+    runs = [run for row in comparison.rows for run in row.runs]
+    found = [(run["device"], run["processes"]) for run in runs if "processes" in run]
+    devices = dict.fromkeys(device if count == 1 else f"{count} × {device}" for device, count in found)
+    seconds = sum(run.get("seconds", 0.0) for run in runs)
+    spent = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+    return {"device": "; ".join(devices), "training, all runs": spent} if devices else {}
 
 
 _TITLES = {
@@ -150,6 +196,9 @@ _TITLES = {
     "shapers": "weights of elements over training (band: ± std over seeds)",
     "decoders": "weights in the decoders over training, where they are others",
     "norms": "norms of the tasks' gradients at the shared features, where a method reads them",
+    "cosines": "cosines between the tasks' gradients over training",
+    "ratios": "norms of the tasks' gradients over training, relative to their mean",
+    "condition": "condition number of the Gramian of the tasks' gradients over training",
     "losses": "training losses (band: ± std over seeds)",
     "validation": "validation metrics (band: ± std over seeds)",
 }

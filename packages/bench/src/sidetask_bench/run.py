@@ -7,7 +7,7 @@ A run's folder holds
   weights that shapers name, such as those of classes, and the coefficients that rules name, such as those of which
   weights are shares;
 - ``weights.jsonl``: per step the losses, the weights above (encoder) and below (decoder) the cut, and the norms of the
-  gradients at it, if the method reads them;
+  gradients at it, if the method reads them; at some steps, how far the tasks' gradients disagree, if that is asked for;
 - ``checkpoint.pt``: everything the next step depends on; ``best.pt``: the network of the chosen epoch, without the
   heads that a method added for training;
 - ``status.json``: where it is, at most half a second ago, for who watches;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from sidetask_bench import runtime
 from sidetask_bench.assemble import make_step
-from sidetask_bench.config import RunConfig
+from sidetask_bench.config import Gradients, RunConfig
+from sidetask_bench.conflict import Values, conflict
 from sidetask_bench.optimization import learning_rate_factor, make_optimizer
 from sidetask_bench.schema import ExperimentError
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from sidetask_datasets import Dataset
 
 _PROBE_SEED = 1_000_003
-Values = dict[str, dict[str, Tensor]]
 
 
 class Trainer:
@@ -53,6 +54,7 @@ class Trainer:
         )
         half = self.training.precision == "float16"
         self.scaler = torch.amp.GradScaler(device.type) if half else None
+        self.sampling = self._sampling()
         self.epoch = self.position = self.total = 0
         self.loss_sums: dict[str, Tensor] = {}
         size, accumulate, samples = self.training.batch_size, self.training.accumulate, len(self.data)
@@ -86,14 +88,16 @@ class Trainer:
             self._set_learning_rate()
             self.optimizer.zero_grad(set_to_none=True)
             first = self.total * training.accumulate
-            reports = [self._backward(next(batches), first + i) for i in range(training.accumulate)]
+            batch = next(batches)
+            compared = self._compare_gradients(batch)
+            reports = [self._backward(next(batches) if i else batch, first + i) for i in range(training.accumulate)]
             self._update()
             self.position += 1
             self.total += 1
             values = _mean_values(reports)
             for name, loss in values["losses"].items():
                 self.loss_sums[name] = self.loss_sums.get(name, 0) + loss
-            yield values
+            yield values | compared
 
     def end_epoch(self) -> dict[str, float]:
         """Close the epoch: its mean loss over the steps, by task."""
@@ -153,10 +157,34 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def _backward(self, batch: Any, index: int) -> Report:
+    def _sampling(self) -> Gradients | None:
+        """How to compare gradients; None also where tasks share nothing that is trained."""
+        sampling, model = self.training.gradients, self.step.model
+        inputs = {task.name: task.input for task in self.step.tasks}
+        if sampling is not None and sampling.at == "features" and len({*inputs.values()}) > 1:
+            raise ExperimentError(
+                f"training.gradients.at: tasks with different inputs share no features ({inputs}); take parameters"
+            )
+        return sampling if any(p.requires_grad for p in model.shared_parameters()) else None
+
+    def _compare_gradients(self, batch: Batch) -> Values:
+        """The conflict of the tasks' gradients on the step's first batch, at the steps that are sampled."""
+        sampling = self.sampling
+        if sampling is None or self.total % sampling.every:
+            return {}
+        # Gradients in float16 would need the scaler's care; at a few steps, float32 is cheaper.
+        with self._autocast() if self.scaler is None else contextlib.nullcontext():
+            return self.step.inspect(
+                batch, lambda signals: conflict(signals.tasks, signals.gramian(sampling.at), signals.labelled)
+            )
+
+    def _autocast(self) -> torch.autocast:
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.training.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def _backward(self, batch: Any, index: int) -> Report:
         validation = functools.partial(self._probe, index)
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with self._autocast():
             return self.step.backward(batch, validation=validation, optimizer=self.optimizer, scaler=self.scaler)
 
     def _probe(self, index: int) -> Batch:

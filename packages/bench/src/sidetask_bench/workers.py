@@ -1,4 +1,4 @@
-"""Runs one after the other, or several at a time in processes of their own."""
+"""Runs one after the other, or several at a time: in processes of their own, or wherever another pool has them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from sidetask_core import StepFailure
@@ -28,13 +28,49 @@ if TYPE_CHECKING:
 
 Job = tuple[RunConfig, Path]
 
-# From a worker: a method of `Display`, and its arguments.
-Events = SimpleQueue[tuple[str, tuple[Any, ...]]]
 _POLL_SECONDS = 0.25
 
-_plugin: Plugin | None = None
-_dataset: Dataset | None = None
-_display = Display()
+
+class Events(Protocol):
+    """A queue of what workers report: a method of `Display`, and its arguments."""
+
+    def empty(self) -> bool:
+        """Whether there is nothing to get."""
+
+    def get(self) -> tuple[str, tuple[Any, ...]]:
+        """The oldest that is there."""
+
+    def put(self, event: tuple[str, tuple[Any, ...]], /) -> None:
+        """Called by workers."""
+
+
+class Pool(Protocol):
+    """Where runs go on side by side. Made for so many at a time, used once, and closed.
+
+    Attributes:
+        events: what the workers report.
+    """
+
+    events: Events
+
+    def submit(
+        self, config: RunConfig, folder: Path, plugin: Plugin, overwrite: bool, failures: type[Exception]
+    ) -> Future[dict[str, Any]]:
+        """`attempt` a run in a worker; a `BrokenExecutor` if the worker dies and the run with it."""
+
+    def close(self, *, now: bool) -> None:
+        """Let go of the workers; `now` stops the runs that still go on, which can be resumed."""
+
+
+@dataclass
+class _Worker:
+    """What a worker keeps from run to run."""
+
+    display: Display
+    data: tuple[Plugin, Dataset] | None = None
+
+
+_this = _Worker(Display())
 
 
 def train_all(
@@ -46,6 +82,7 @@ def train_all(
     overwrite: bool,
     display: Display,
     failures: type[Exception] = StepFailure,
+    pool: Callable[[int], Pool] | None = None,
 ) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
     """Train every job in its folder; gives each run with its result, or with ``{"error": ...}`` if it failed.
 
@@ -64,9 +101,10 @@ def train_all(
         failures: what counts as a run that failed. With `Exception` that is everything but an `ExperimentError`, also
             the death of a worker: the runs that it breaks off go on in new processes, first one at a time, until the
             one that kills is found.
+        pool: makes what runs go on in, given how many at a time; processes of this machine by default.
     """
     at_once = min(at_once, len(jobs))
-    if at_once <= 1:
+    if at_once <= 1 and pool is None:
         for config, folder in jobs:
             yield config, _attempt(config, folder, overwrite, _data_of(config, dataset, plugin), display, failures)
         return
@@ -74,7 +112,7 @@ def train_all(
     while left:
         broken: list[tuple[Job, BrokenExecutor]] = []
         some = left[:1] if one_by_one else left[:]
-        for job, future in _side_by_side(some, plugin, at_once, overwrite, display, failures):
+        for job, future in _side_by_side(some, plugin, overwrite, display, failures, (pool or Processes)(at_once)):
             error = future.exception()
             if isinstance(error, BrokenExecutor) and isinstance(error, failures):
                 broken.append((job, error))
@@ -89,29 +127,19 @@ def train_all(
 
 
 def _side_by_side(
-    jobs: Sequence[Job], plugin: Plugin, at_once: int, overwrite: bool, display: Display, failures: type[Exception]
+    jobs: Sequence[Job], plugin: Plugin, overwrite: bool, display: Display, failures: type[Exception], pool: Pool
 ) -> Iterator[tuple[Job, Future[dict[str, Any]]]]:
     """Each job with its finished future, as they end."""
-    threads = max(1, runtime.cores() // at_once)
-    # Spawned, since neither CUDA nor OpenMP survives a fork.
-    context = multiprocessing.get_context("spawn")
-    # Nothing is ever sent here: its closing, which the death of this process brings about too, tells workers to stop.
-    alive, held = context.Pipe(duplex=False)
-    events: Events = context.SimpleQueue()
-    pool = ProcessPoolExecutor(at_once, context, _start, (plugin, threads, alive, events))
+    done = False
     try:
-        futures = {pool.submit(_attempt_there, *job, overwrite, failures): job for job in jobs}
+        futures = {pool.submit(*job, plugin, overwrite, failures): job for job in jobs}
         with display:
-            for future in _as_they_end(futures, events, display):
+            for future in _as_they_end(futures, pool.events, display):
                 display.end(futures[future][0].label)
                 yield futures[future], future
-    except BaseException:
-        held.close()
-        raise
+        done = True
     finally:
-        pool.shutdown(cancel_futures=True)
-        held.close()
-        alive.close()
+        pool.close(now=not done)
 
 
 def _as_they_end(futures: Iterable[Future[Any]], events: Events, display: Display) -> Iterator[Future[Any]]:
@@ -125,8 +153,35 @@ def _as_they_end(futures: Iterable[Future[Any]], events: Events, display: Displa
         yield from ended
 
 
+class Processes:
+    """A `Pool` of processes of this machine, each with its share of the cores."""
+
+    def __init__(self, at_once: int) -> None:
+        threads = max(1, runtime.cores() // at_once)
+        # Spawned, since neither CUDA nor OpenMP survives a fork.
+        context = multiprocessing.get_context("spawn")
+        # Nothing is ever sent here: its closing, which the death of this process brings about too, stops the workers.
+        self._alive, self._held = context.Pipe(duplex=False)
+        self.events: Events = context.SimpleQueue()
+        self._pool = ProcessPoolExecutor(at_once, context, _start, (threads, self._alive, self.events))
+
+    def submit(
+        self, config: RunConfig, folder: Path, plugin: Plugin, overwrite: bool, failures: type[Exception]
+    ) -> Future[dict[str, Any]]:
+        """See `Pool.submit`; the death of one worker breaks off all."""
+        return self._pool.submit(attempt, config, folder, plugin, overwrite, failures)
+
+    def close(self, *, now: bool) -> None:
+        """See `Pool.close`."""
+        if now:
+            self._held.close()
+        self._pool.shutdown(cancel_futures=True)
+        self._held.close()
+        self._alive.close()
+
+
 class _Sender(Display):
-    """The display of a worker: hands on to the parent's."""
+    """The display of a worker: hands on to that of who waits for it."""
 
     def __init__(self, events: Events) -> None:
         self.events = events
@@ -156,12 +211,16 @@ def _named(error: Exception) -> str:
     return str(error) if isinstance(error, StepFailure) else f"{type(error).__name__}: {error}"
 
 
-def _start(plugin: Plugin, threads: int, alive: Connection, events: Events) -> None:
+def _start(threads: int, alive: Connection, events: Events) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent stops this
     threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
-    global _plugin, _dataset, _display
+    begin(threads, events)
+
+
+def begin(threads: int, events: Events) -> None:
+    """Make this process a worker, which computes on so many threads and reports to `events`."""
     torch.set_num_threads(threads)
-    _plugin, _dataset, _display = plugin, make_dataset(plugin), _Sender(events)
+    _this.display = _Sender(events)
 
 
 def _exit_with_parent(alive: Connection) -> None:
@@ -169,10 +228,13 @@ def _exit_with_parent(alive: Connection) -> None:
     os._exit(1)
 
 
-def _attempt_there(config: RunConfig, folder: Path, overwrite: bool, failures: type[Exception]) -> dict[str, Any]:
-    assert _plugin is not None
-    assert _dataset is not None
-    return _attempt(config, folder, overwrite, _data_of(config, _dataset, _plugin), _display, failures)
+def attempt(
+    config: RunConfig, folder: Path, plugin: Plugin, overwrite: bool, failures: type[Exception]
+) -> dict[str, Any]:
+    """Train in this worker, with data that the runs after it find made."""
+    if _this.data is None or _this.data[0] != plugin:
+        _this.data = plugin, make_dataset(plugin)
+    return _attempt(config, folder, overwrite, _data_of(config, _this.data[1], plugin), _this.display, failures)
 
 
 def _data_of(config: RunConfig, dataset: Dataset, plugin: Plugin) -> Dataset:

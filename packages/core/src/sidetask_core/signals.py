@@ -15,6 +15,8 @@ from sidetask_core.passes import Passes
 from sidetask_core.task import MissingKey, Task, _listed, masked_sum
 
 Place = Literal["features", "parameters"]
+"""Where gradients are compared: at the shared features, or over the shared parameters."""
+
 Mode = Literal["exact", "difference", "one-sided"]
 # What a rule's weights weigh, by the slots it fills: the encoder, branches and heads, or all parameters.
 Part = Literal["shared", "specific", "all"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
+from sidetask_core.aside import aside, unnoticed
 from sidetask_core.combine import Combined, Weights, accumulate, combine
 from sidetask_core.lookahead import Lookahead
 from sidetask_core.memory import Memory
@@ -18,6 +19,8 @@ from sidetask_core.passes import Passes
 from sidetask_core.signals import Overflow, Signals, StepFailure
 from sidetask_core.split import SplitModel
 from sidetask_core.task import Batch, Task, _listed, check_tasks
+
+Result = TypeVar("Result")
 
 
 class NonFiniteLoss(StepFailure):
@@ -49,6 +52,12 @@ class Report:
     decoder_weights: dict[str, Tensor]
     encoder_weights: dict[str, Tensor]
     gradient_norms: dict[str, Tensor]
+
+
+def _ambient(passes: Passes) -> torch.autocast:
+    """The autocast that is in force, to be entered again."""
+    kind = passes.losses[0].device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
 
 class _Finite:
@@ -211,14 +220,11 @@ class Step(nn.Module):
         optimizer: torch.optim.Optimizer | None,
         scaler: torch.amp.GradScaler | None,
     ) -> Report:
-        resting = () if self.augment is None else self.augment.resting(self.iteration, self.epoch)
-        if resting:
-            batch = replace(batch, without={*batch.without, *resting})
+        batch, resting = self._without_resting(batch)
         with torch.enable_grad():
             passes = Passes(self.model, self.tasks, batch, dict(self.shapers.items()), scaler, self._memory.noted)
-        kind = passes.losses[0].device.type
-        ambient = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        with torch.autocast(kind, enabled=False), torch.no_grad():
+        ambient = _ambient(passes)
+        with torch.autocast(ambient.device, enabled=False), torch.no_grad():
             recall = self._memory.recall(passes, ambient)
             lookahead = None
             if validation is not None and optimizer is not None:
@@ -256,6 +262,42 @@ class Step(nn.Module):
             encoder_weights=self._by_name(weights.encoder) if weights.combined is None else {},
             gradient_norms=self._by_name(norms) if (norms := signals.read_norms.get("features")) is not None else {},
         )
+
+    def inspect(self, batch: Batch, read: Callable[[Signals], Result]) -> Result:
+        """What `read` makes of the signals that a step on a batch would have now, without a trace.
+
+        Nothing is weighed, filled or counted: a step on this batch that follows is, bit for bit, what it would have
+        been. A look ahead or back is not to be had. Costs a forward pass and, of the backward passes, those that what
+        is read needs (`Signals`); compiled modules run as they were written. Call it under `torch.autocast` if the step
+        is. Under several processes, every one must call it with its part of the batch.
+
+        >>> model = SplitModel(nn.Linear(2, 3), {"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})
+        >>> step = Step(model, [Task(name, loss=lambda p, y: (p - y) ** 2) for name in ("a", "b")])
+        >>> batch = Batch(torch.randn(4, 2), {"a": torch.randn(4, 1), "b": torch.randn(4, 1)})
+        >>> step.inspect(batch, lambda signals: signals.gramian("parameters")).shape
+        torch.Size([2, 2])
+
+        Raises:
+            MissingKey: for a task whose input or target the batch lacks.
+        """
+        batch, resting = self._without_resting(batch)
+
+        def look(model: SplitModel) -> Result:
+            with torch.enable_grad():
+                passes = Passes(model, self.tasks, batch, dict(self.shapers.items()))
+            ambient = _ambient(passes)
+            with torch.autocast(ambient.device, enabled=False), torch.no_grad():
+                # Of a memory of its own, since what is in the step's is handed out once.
+                recall = Memory(model, self.tasks, {}).recall(passes, ambient)
+                return read(Signals(self.tasks, passes, self.iteration, self.epoch, recall, resting=resting))
+
+        with functorch_config.patch(donated_buffer=False), unnoticed(self.shapers):
+            return aside(self.model, look)
+
+    def _without_resting(self, batch: Batch) -> tuple[Batch, Collection[str]]:
+        """The batch without labels of the tasks that the augment has switched off, and these tasks."""
+        resting = () if self.augment is None else self.augment.resting(self.iteration, self.epoch)
+        return (replace(batch, without={*batch.without, *resting}) if resting else batch), resting
 
     def _keep_trail(self, passes: Passes, ambient: torch.autocast, optimizer: torch.optim.Optimizer | None) -> None:
         if self._memory.wants_hindsight or self._memory.wants_elements:

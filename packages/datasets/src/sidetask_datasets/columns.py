@@ -39,7 +39,8 @@ class Column:
     Args:
         data: the stored tensor.
         kind: a row of the table.
-        mean, std: of an image, one number per channel, after division by 255; 0 and 1 if empty.
+        mean: of an image, one number per channel, after division by 255; 0 if empty.
+        std: likewise its standard deviation; 1 if empty.
         scale: of 16-bit depth and disparity: what 1 stands for. 0.001: millimetres, up to 65.535 m.
 
     Raises:

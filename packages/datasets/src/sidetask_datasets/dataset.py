@@ -20,8 +20,9 @@ class Dataset:
     Args:
         name: of the dataset.
         tasks: losses, validity and metrics (name to metric, headline first) in place.
-        train, validation, test: disjoint. Only `train` is ever augmented or made noisy; model selection reads
-            `validation`, and nothing but a final number reads `test`.
+        train: the only split that is ever augmented or made noisy; the three are disjoint.
+        validation: what model selection reads.
+        test: what nothing but a final number reads.
         outputs: task name to the number of channels (dense) or logits that its head must give.
         views: task name to how its target or prediction is drawn.
         input_view: how an input is drawn.

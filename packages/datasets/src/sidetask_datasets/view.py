@@ -46,7 +46,8 @@ class View:
         classes: names, in order of their ids.
         colours: one per class; chosen by `palette` if empty.
         limits: values drawn as the two ends of the ramp (scalar) or of the bars (vector), in the target's unit.
-        mean, std: undo standardisation (image), one number per channel; 0 and 1 if empty.
+        mean: undoes standardisation (image), one number per channel; 0 if empty.
+        std: likewise; 1 if empty.
         size: height and width of the picture of a label or vector, in pixels.
 
     Raises:

@@ -225,6 +225,8 @@ def test_a_press_on_a_row_hides_it_everywhere(page, written):
     assert page.run(f"{hidden}.map(e => e.tagName.toLowerCase())") == before
 
 
+# Scrolling takes the value away that is shown, and is told of in the next frame.
+SCROLLED = "await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 CHART = """[...document.querySelectorAll('[data-marks]')].find(c => c.ariaLabel.startsWith('Validation, depth'))"""
 
 
@@ -237,8 +239,8 @@ def test_the_pointer_reads_values(page, written):
     mean = sum(lines[2]["validation"]["depth"]["absolute"] for lines in run_lines) / len(run_lines)
     mark = next(m for m in json.loads(page.run(f"{CHART}.dataset.marks")) if m[2].startswith("single, epoch 3:"))
     x, y = page.run(
-        f"""(() => {{ const s = {CHART}.querySelector("svg"); s.scrollIntoView({{block: "center"}});
-        const b = s.getBoundingClientRect(), k = b.width / s.viewBox.baseVal.width;
+        f"""(async () => {{ const s = {CHART}.querySelector("svg"); s.scrollIntoView({{block: "center"}});
+        {SCROLLED}; const b = s.getBoundingClientRect(), k = b.width / s.viewBox.baseVal.width;
         return [b.x + {mark[0]} * k, b.y + {mark[1]} * k]; }})()"""
     )
     page.mouse(x, y, "mouseMoved")
@@ -251,7 +253,7 @@ def test_the_pointer_reads_values(page, written):
     page.mouse(2, 2, "mouseMoved")
     assert page.run("tip.hidden")
     page.click("document.querySelectorAll('.rows button')[0]")
-    page.run(f"{CHART}.scrollIntoView({{block: 'center'}})")
+    page.run(f"(async () => {{ {CHART}.scrollIntoView({{block: 'center'}}); {SCROLLED}; }})()")
     page.mouse(x, y, "mouseMoved")
     assert not page.run("tip.innerText").startswith("single") or page.run("tip.hidden")
 

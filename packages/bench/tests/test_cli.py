@@ -163,7 +163,7 @@ def test_two_processes_train_one_run(
         train(load(*changes).run(None, 0), folder)
 
 
-# One of two processes dies in its eighth step; torchrun ends the other, and begins both again.
+# One of two processes dies in its eighth step, and torchrun ends the other.
 DYING = """
 import os, signal, sys
 from pathlib import Path
@@ -191,14 +191,17 @@ def test_two_processes_of_which_one_is_killed_end_as_if_none_had_been(
 ) -> None:
     """Bit for bit, for gloo adds the same numbers in the same order; with what is sampled of the gradients."""
     (tmp_path / "dying.py").write_text(DYING)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = ["training.epochs=2", "method=rlw", "training.checkpoint_every=2", "training.gradients={every: 3}"]
     sets = [word for setting in settings for word in ("--set", setting)]
     whole = python(*launch, "-m", "sidetask_bench", "train", str(tiny()), "--folder", "whole", *sets)
     assert whole.returncode == 0, whole.stderr
-    killed = python(*launch, "dying.py", "died", "train", str(tiny()), "--folder", "killed", *sets)
-    assert killed.returncode == 0, killed.stderr
+    killed = ["died", "train", str(tiny()), "--folder", "killed", *sets]
+    assert python(*launch, "dying.py", *killed).returncode != 0
     assert (tmp_path / "died").exists()
+    assert not (tmp_path / "killed" / "result.json").exists()
+    again = python(*launch, "dying.py", *killed)
+    assert again.returncode == 0, again.stderr
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 

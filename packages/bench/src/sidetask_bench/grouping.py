@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
@@ -16,57 +15,12 @@ from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.compare import Results, improvements, mean_of_runs
 from sidetask_bench.config import Experiment, RunConfig
 from sidetask_bench.progress import Display
+from sidetask_bench.records import Entry, Groupings
 from sidetask_bench.relations import chosen_validation, csv_text, definition_of, run_of
-from sidetask_bench.schema import ExperimentError, plain
+from sidetask_bench.schema import ExperimentError
 from sidetask_bench.workers import train_all
 
 MOST = 6  # tasks; 63 combinations
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One combination of tasks with equal weights, or one method on all of them.
-
-    Attributes:
-        name: of the row; of a combination its tasks, joined by ``+``.
-        learned: whether it is a method.
-        improvement: for each of its tasks how much better it is than alone, in percent: mean and deviation over seeds.
-    """
-
-    name: str
-    learned: bool
-    improvement: dict[str, dict[str, float | None]]
-
-
-@dataclass(frozen=True)
-class Groupings:
-    """What every task gains in each combination, and by each method.
-
-    Attributes:
-        tasks: the names of the T tasks.
-        entries: the combinations, small ones first, then the methods.
-        best: for each task the combination in which it does best on the validation split, which may be alone.
-        failed: the error of a run, by its label; what needs it is left out.
-    """
-
-    tasks: tuple[str, ...]
-    entries: tuple[Entry, ...]
-    best: dict[str, str]
-    failed: dict[str, str]
-
-    def to_plain(self) -> dict[str, Any]:
-        """As ``grouping.json`` has it."""
-        fields = {name: plain(getattr(self, name)) for name in ("tasks", "best", "failed")}
-        return {**fields, "entries": [plain(entry) for entry in self.entries]}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One for each entry and task."""
-        return [
-            {"name": entry.name, "learned": entry.learned, "task": task, "improvement %": found["mean"]}
-            | {"deviation": found["std"], "best for it": self.best.get(task) == entry.name}
-            for entry in self.entries
-            for task, found in entry.improvement.items()
-        ]
 
 
 def compare_groupings(

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,11 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from sidetask_bench import shapes
 from sidetask_bench.drawing import LIGHT, Mark, Panel, of_row, short, signed
-from sidetask_bench.records import ByClass, Comparison, Curve, RowRecord, TaskRecord
+from sidetask_bench.records import ByClass, Comparison, Curve, Entry, Groupings, RowRecord, TaskRecord
 from sidetask_bench.shapes import SOURCE_TARGET, Bar, End, Matrix
-
-if TYPE_CHECKING:
-    from sidetask_bench.grouping import Entry, Groupings
 
 # Between source and target in the name of a transfer, a task that a method has added.
 ARROW = "→"

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from sidetask_bench.schema import plain
+
 Array = npt.NDArray[np.float64]
 
 # Weights may jump at every step; means of stretches show their course, and the band how far they jump.
@@ -318,3 +320,49 @@ def _named(method: Any) -> str:
 
 def _described(method: Any) -> str:
     return method if isinstance(method, str) else json.dumps(method)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One combination of tasks with equal weights, or one method on all of them.
+
+    Attributes:
+        name: of the row; of a combination its tasks, joined by ``+``.
+        learned: whether it is a method.
+        improvement: for each of its tasks how much better it is than alone, in percent: mean and deviation over seeds.
+    """
+
+    name: str
+    learned: bool
+    improvement: dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
+class Groupings:
+    """What every task gains in each combination, and by each method.
+
+    Attributes:
+        tasks: the names of the T tasks.
+        entries: the combinations, small ones first, then the methods.
+        best: for each task the combination in which it does best on the validation split, which may be alone.
+        failed: the error of a run, by its label; what needs it is left out.
+    """
+
+    tasks: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    best: dict[str, str]
+    failed: dict[str, str]
+
+    def to_plain(self) -> dict[str, Any]:
+        """As ``grouping.json`` has it."""
+        fields = {name: plain(getattr(self, name)) for name in ("tasks", "best", "failed")}
+        return {**fields, "entries": [plain(entry) for entry in self.entries]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each entry and task."""
+        return [
+            {"name": entry.name, "learned": entry.learned, "task": task, "improvement %": found["mean"]}
+            | {"deviation": found["std"], "best for it": self.best.get(task) == entry.name}
+            for entry in self.entries
+            for task, found in entry.improvement.items()
+        ]

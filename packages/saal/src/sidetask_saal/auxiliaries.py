@@ -13,29 +13,10 @@ import torch
 from sidetask_core import Augment, Method, SplitModel, Task
 from torch import nn
 
-ARROW = "→"
-_ASCII = "->"
+from sidetask_saal.names import ARROW, ends, routed, transfer
+from sidetask_saal.shares import Shares
 
 Windows = Sequence[Sequence[int | None]]
-
-
-def transfer(source: str, target: str) -> str:
-    """The name of the transfer from `source` to `target`, and of its task.
-
-    >>> transfer("seg", "depth")
-    'seg→depth'
-    """
-    return f"{source}{ARROW}{target}"
-
-
-def ends(name: str) -> tuple[str, str] | None:
-    """Source and target of a transfer; None for any other task's name.
-
-    >>> ends("seg->depth"), ends("seg")
-    (('seg', 'depth'), None)
-    """
-    source, arrow, target = name.replace(_ASCII, ARROW).partition(ARROW)
-    return (source, target) if arrow else None
 
 
 class SelfAuxiliaries(Augment):
@@ -142,8 +123,6 @@ class SelfAuxiliaries(Augment):
 
     def check(self, method: Method) -> None:
         """Raise ValueError for a rule of another route, or a shaper of a task whose copy would learn without one."""
-        from sidetask_saal.shares import Shares
-
         for rule in (method.encoder, method.decoder):
             for part in () if rule is None else rule.modules():
                 if isinstance(part, Shares) and part.normalization == "target" and part.route != self.route:
@@ -241,18 +220,6 @@ class SelfAuxiliaries(Augment):
                 shared = {task: model.route[task] for task in self.given if model.route[task] not in (None, task)}
                 have = "one branch" if together else "branches of their own"
                 raise ValueError(f"tasks {one!r} and {other!r} ride {have} in the model; give route={shared}")
-
-
-def routed(tasks: Sequence[str], route: Mapping[str, str] | None) -> dict[str, str]:
-    """The branch of every task, by default one of its own name.
-
-    Raises:
-        ValueError: for a route of a task that is not there.
-    """
-    for name in route or {}:
-        if name not in tasks:
-            raise ValueError(f"route names task {name!r}, but the tasks are: {', '.join(tasks)}")
-    return {name: (route or {}).get(name, name) for name in tasks}
 
 
 def fresh(module: nn.Module, seed: int, what: str) -> nn.Module:

@@ -16,7 +16,7 @@ from sidetask_core.aside import aside
 from sidetask_core.passes import losses_of
 from torch import Tensor, nn
 
-from sidetask_saal.auxiliaries import ends
+from sidetask_saal.names import ends
 
 Matrix = npt.NDArray[np.float64]
 

@@ -19,7 +19,7 @@ from sidetask_core import Task, relative_improvement_by_task
 from sidetask_core.improvement import Definition
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from sidetask_saal.auxiliaries import ends, transfer
+from sidetask_saal.names import ends, transfer
 
 Results = Mapping[str, Mapping[str, float]]
 Names = tuple[str, ...]

@@ -12,7 +12,8 @@ from sidetask_core.bilevel import When
 from sidetask_core.signals import Mode
 from torch import Tensor
 
-from sidetask_saal.auxiliaries import SelfAuxiliaries, Windows, ends, routed
+from sidetask_saal.auxiliaries import SelfAuxiliaries, Windows
+from sidetask_saal.names import ends, routed
 from sidetask_saal.relations import Relations
 from sidetask_saal.shares import Normalization, Shares
 

@@ -9,7 +9,7 @@ import torch
 from sidetask_core import Task
 from torch import Tensor, nn
 
-from sidetask_saal.auxiliaries import ends, routed
+from sidetask_saal.names import ends, routed
 
 Normalization = Literal["target", "source", "none"]
 

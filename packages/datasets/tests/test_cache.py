@@ -196,7 +196,9 @@ def test_what_is_done_is_written_down_in_a_line_each(folder, own_cache):
     assert [chunk for chunk, _, _ in lines[1:]] == ["train 0 32", "test 0 30"]
 
 
-@pytest.mark.parametrize("end", ['["train 32 40', '["train 32 40", 7]\n', '["train 32 40", "a", "7"]\n', "\x00\xff", '{"a": 1}\n'])
+@pytest.mark.parametrize(
+    "end", ['["train 32 40', '["train 32 40", 7]\n', '["train 32 40", "a", "7"]\n', "\x00\xff", '{"a": 1}\n']
+)
 def test_an_end_that_was_cut_short_is_not_believed(folder, own_cache, end):
     done = part_of(folder, own_cache)
     done.write_bytes(done.read_bytes() + end.encode("latin1"))

@@ -288,6 +288,14 @@ def _decode(unit: _Unit, chunk: str) -> tuple[list[str], int]:
 def _create(path: Path, field: Field, count: int) -> None:
     array = numpy.lib.format.open_memmap(path, "w+", numpy.dtype(field.dtype), (count, *field.shape))
     array.flush()
+    if hasattr(os, "posix_fallocate"):
+        try:
+            # On a full disk, writing into a mapped file that has no room of its own would kill the process.
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError:
+            path.unlink()
+            raise
 
 
 def _checksum(path: Path) -> int:

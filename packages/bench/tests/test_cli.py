@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,24 @@ def test_prepare_decodes_once_and_says_what_it_takes(
     assert {path: path.stat().st_mtime_ns for path in arrays} == arrays
 
 
+def test_a_cache_that_cannot_be_written_is_named(
+    sidetask: Callable[..., Result], frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    done = sidetask("prepare", "frames", frames, "tasks=[depth]", "--cache", tmp_path / "file", "-j", 1)
+    assert done.exit_code == 2
+    assert f"error: cache {tmp_path / 'file'}: cannot be written: " in done.output
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    done = sidetask("prepare", "frames", frames, "tasks=[depth]", "--cache", tmp_path / "room", "-j", 1)
+    assert done.exit_code == 2
+    assert f"error: cache {tmp_path / 'room'}: cannot be written: [Errno 28] No space left on device" in done.output
+    assert not list((tmp_path / "room").rglob("*.npy"))
+
+
 def test_describe_counts_and_draws(
     sidetask: Callable[..., Result], frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,8 +292,8 @@ def test_prepare_prints_every_problem_and_has_status_1(sidetask: Callable[..., R
     ("arguments", "message"),
     [
         (["frams"], "no installed package offers a dataset 'frams'; did you mean 'frames'?"),
-        (["scenes"], "dataset 'scenes' decodes no files"),
-        (["frames", "colour=3"], "dataset 'frames' has no option 'colour'; there are: tasks, validation"),
+        (["scenes"], "dataset 'scenes': it decodes no files"),
+        (["frames", "colour=3"], "dataset 'frames': it has no option 'colour'; there are: tasks, validation"),
         (["frames", "root=x"], "the root of the files is the second argument"),
         (["frames", "tasks"], "expected key.path=value"),
     ],

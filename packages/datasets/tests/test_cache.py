@@ -193,15 +193,26 @@ def part_of(folder, own_cache):
 def test_what_is_done_is_written_down_in_a_line_each(folder, own_cache):
     lines = [json.loads(line) for line in part_of(folder, own_cache).read_text().splitlines()]
     assert lines[0]["splits"] == {"train": 40, "test": 30}
-    assert [chunk for chunk, _ in lines[1:]] == ["train 0 32", "test 0 30"]
+    assert [chunk for chunk, _, _ in lines[1:]] == ["train 0 32", "test 0 30"]
 
 
-@pytest.mark.parametrize("end", ['["train 32 40', '["train 32 40", 7]\n', "\x00\xff", '{"a": 1}\n'])
+@pytest.mark.parametrize(
+    "end", ['["train 32 40', '["train 32 40", 7]\n', '["train 32 40", "a", "7"]\n', "\x00\xff", '{"a": 1}\n']
+)
 def test_an_end_that_was_cut_short_is_not_believed(folder, own_cache, end):
     done = part_of(folder, own_cache)
     done.write_bytes(done.read_bytes() + end.encode("latin1"))
     check(prepare(make(folder, ["a"])))
     assert set(reads(folder)) == {f"a{i}" for i in range(32, 40)}
+
+
+def test_rows_that_were_damaged_in_the_meantime_are_read_again(folder, own_cache):
+    path = part_of(folder, own_cache).with_name("train.npy")
+    array = numpy.load(path, mmap_mode="r+")
+    array[3] = 77
+    array.flush()
+    check(prepare(make(folder, ["a"])))
+    assert set(reads(folder)) == {f"a{i}" for i in range(40)}
 
 
 def test_a_beginning_that_cannot_be_read_is_none(folder, own_cache):

@@ -1,14 +1,16 @@
 """NYUv2 in each of its layouts: tiny trees in the exact format, sound and hostile."""
 
 import pickle
+from pathlib import Path
 
 import h5py
 import numpy
 import pytest
 import torch
 from scipy.io import savemat
-from sidetask_datasets import DataError, nyuv2
+from sidetask_datasets import DataError, matlab, nyuv2
 from sidetask_datasets.files import DataErrors
+from sidetask_datasets.nyuv2 import _read_depths
 
 from .test_frames import TEST, TRAIN, write_frame
 
@@ -106,6 +108,13 @@ def bad(value, dtype=numpy.float32, channels=()):
 HOSTILE = {
     "NaN depth": ("depth", bad(numpy.nan, channels=(1,)), "holds values that are not finite"),
     "negative depth": ("depth", bad(-1.0, channels=(1,)), "not negative, found -1"),
+    "depth beyond single precision": (
+        "depth",
+        bad(1e300, numpy.float64, (1,)),
+        "holds values that are not finite in single precision",
+    ),
+    "class beyond any integer": ("label", bad(1e300, numpy.float64), "expected whole numbers, found 1e"),
+    "normal beyond double precision when squared": ("normal", bad(1e300, numpy.float64, (3,)), "one of length inf"),
     "infinite normal": ("normal", bad(numpy.inf, channels=(3,)), "not finite"),
     "long normal": ("normal", bad(2.0, channels=(3,)), "expected unit vectors, found one of length 2"),
     "class out of range": ("label", bad(13, numpy.int64), "class id 13; there are 13 classes"),
@@ -262,6 +271,12 @@ def copied(official, tmp_path, *names):
     for name in {path.name for path in root.iterdir()} - set(names):
         (tmp_path / name).symlink_to(root / name)
     return tmp_path
+
+
+def test_depths_of_the_official_file_beyond_single_precision_are_refused(monkeypatch):
+    monkeypatch.setattr(matlab, "read_row", lambda *_: numpy.full(OFFICIAL[::-1], 1e300))
+    with pytest.raises(DataError, match=r"labeled\.mat: holds values that are not finite in single precision"):
+        _read_depths(Path("nyu_depth_v2_labeled.mat"), 0, size=OFFICIAL)
 
 
 def test_hostile_lists_and_mappings_are_named(official, tmp_path):

@@ -198,7 +198,8 @@ def test_what_is_wrong_with_an_episode_is_named(tree):
         (state[:3], r"action\.npy: has 4 steps, state\.npy has 3"),
         (state.astype(int), r"state\.npy: expected floats \[steps, numbers\], found int64 \[4, 5\]"),
         (state[:, 0], r"state\.npy: expected floats \[steps, numbers\], found float64 \[4\]"),
-        (numpy.full_like(state, numpy.nan), r"state\.npy: holds what is no number"),
+        (numpy.full_like(state, numpy.nan), r"state\.npy: holds values that are not finite"),
+        (numpy.full_like(state, 1e300), r"state\.npy: holds values that are not finite in single precision"),
         (state[:, :4], r"episode1/state\.npy: has 5 numbers a step, .*episode0/state\.npy has 4"),
     ):
         numpy.save(folder / "state.npy", array)

@@ -10,7 +10,7 @@ from typing import Any
 from sidetask_core import plugins
 
 from sidetask_bench.assemble import blaming
-from sidetask_bench.schema import ExperimentError
+from sidetask_bench.schema import ExperimentError, first_line
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ def prepare(
         cache: where caches are kept.
 
     Raises:
-        ExperimentError: for an unknown data set or option, or one that has no files.
+        ExperimentError: for an unknown data set or option, or one that has no files, or a cache that cannot be
+            written.
         DataErrors: naming every file that something is wrong with.
     """
     from sidetask_datasets import DataError, DataErrors
     from sidetask_datasets.adapter import find_source
+    from sidetask_datasets.cache import cache_folder
     from sidetask_datasets.cache import prepare as decode
 
     with blaming("dataset", dataset):
@@ -54,7 +56,10 @@ def prepare(
         raise ExperimentError("the root of the files is the second argument, not an option")
     try:
         source = find_source(factory, root, options)
-        found = decode(source, cache, jobs=jobs)
+        try:
+            found = decode(source, cache, jobs=jobs)
+        except (OSError, NotImplementedError) as error:  # the latter of a file system without locks
+            raise ExperimentError(f"cache {cache_folder(cache)}: cannot be written: {first_line(error)}") from error
     except DataErrors:
         raise
     except DataError as error:

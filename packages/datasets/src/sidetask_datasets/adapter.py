@@ -63,11 +63,11 @@ def find_source(factory: Callable[..., Dataset], root: Folder, options: Mapping[
     """
     find = getattr(sys.modules[factory.__module__], f"{factory.__name__}_source", None)
     if find is None:
-        raise ValueError(f"dataset {factory.__name__!r} decodes no files, so there is nothing to prepare")
+        raise ValueError("it decodes no files, so there is nothing to prepare")
     takes = [name for name in inspect.signature(factory).parameters if name != "root"]
     for name in options:
         if name not in takes:
-            raise ValueError(f"dataset {factory.__name__!r} has no option {name!r}; there are: {', '.join(takes)}")
+            raise ValueError(f"it has no option {name!r}; there are: {', '.join(takes)}")
     needs = inspect.signature(find).parameters
     found: Source = find(root, **{name: value for name, value in options.items() if name in needs})
     return found

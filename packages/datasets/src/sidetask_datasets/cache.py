@@ -156,19 +156,19 @@ def _build(title: str, units: Sequence[_Unit], jobs: int | None, progress: bool)
     missing = []
     for unit in units:
         there = _started(unit)
-        missing += [(unit, chunk) for chunk, files in unit.chunks.items() if there.get(chunk) != files]
+        missing += [(unit, chunk) for chunk in unit.chunks if chunk not in there]
     total = sum(_length(chunk) for unit in units for chunk in unit.chunks)
     done = total - sum(_length(chunk) for _, chunk in missing)
     problems: list[str] = []
     off = None if progress and total else True  # None: where standard error is no terminal
     with tqdm(total=total, initial=done, desc=title, unit="file", disable=off) as bar:
-        for unit, chunk, wrong in _decode_all(missing, jobs):
+        for unit, chunk, wrong, checksum in _decode_all(missing, jobs):
             if wrong:
                 problems += wrong
             else:
                 # A line each: a file that were written anew would grow with what is done.
                 with (unit.part / _DONE).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([chunk, unit.chunks[chunk]]) + "\n")
+                    file.write(json.dumps([chunk, unit.chunks[chunk], checksum]) + "\n")
             bar.update(_length(chunk))
     if problems:
         raise DataErrors(sorted(set(problems)))
@@ -184,31 +184,44 @@ def _build(title: str, units: Sequence[_Unit], jobs: int | None, progress: bool)
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def _started(unit: _Unit) -> dict[str, str]:
-    """The chunks of a unit that are decoded, and of which files; its folder is there, with an array for each split."""
+def _started(unit: _Unit) -> dict[str, tuple[str, int]]:
+    """The chunks of a unit that are decoded, of which files, and the checksum of their rows, which they still have.
+
+    The unit's folder is there afterwards, with an array for each split.
+    """
     layout, *lines = _read_lines(unit.part / _DONE) or [None]
     if layout != unit.source.layout:
         shutil.rmtree(unit.part, ignore_errors=True)
         unit.part.mkdir(parents=True)
         lines = []
-    there: dict[str, str] = dict(lines)
+    said: dict[str, tuple[str, int]] = {chunk: (files, checksum) for chunk, files, checksum in lines}
+    arrays = {}
     for split, samples in unit.source.splits.items():
         path = unit.path(unit.part, split)
-        if _mapped(path, unit.field, len(samples)) is None:
+        array = _mapped(path, unit.field, len(samples))
+        if array is None:
             _create(path, unit.field, len(samples))
-            there = {chunk: files for chunk, files in there.items() if chunk.split()[0] != split}
+        else:
+            arrays[split] = array
+    there = {}
+    for chunk, files in unit.chunks.items():
+        split, start, stop = chunk.split()
+        found, checksum = said.get(chunk, ("", 0))
+        if found == files and split in arrays and _row_checksum(arrays[split][int(start) : int(stop)]) == checksum:
+            there[chunk] = found, checksum
     # Without the end of a line that a kill cut short, which the next one would go on.
-    _write(unit.part / _DONE, "".join(json.dumps(line) + "\n" for line in (unit.source.layout, *there.items())))
+    lines = [unit.source.layout, *([chunk, *what] for chunk, what in there.items())]
+    _write(unit.part / _DONE, "".join(json.dumps(line) + "\n" for line in lines))
     return there
 
 
 def _read_lines(path: Path) -> list[Any]:
-    """What the lines of a file say, as far as they can be read: the first anything, the others pairs of texts."""
+    """What the lines of a file say, as far as they can be read: the first anything, the others chunks."""
     found: list[Any] = []
     try:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             value = json.loads(line)
-            if found and not (isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)):
+            if found and not (isinstance(value, list) and [type(v) for v in value] == [str, str, int]):
                 break
             found.append(value)
     except (OSError, ValueError):
@@ -221,11 +234,11 @@ def _length(chunk: str) -> int:
     return int(stop) - int(start)
 
 
-def _decode_all(missing: list[tuple[_Unit, str]], jobs: int | None) -> Iterator[tuple[_Unit, str, list[str]]]:
-    """Each chunk, when it is in its array, with what was wrong in it."""
+def _decode_all(missing: list[tuple[_Unit, str]], jobs: int | None) -> Iterator[tuple[_Unit, str, list[str], int]]:
+    """Each chunk, when it is in its array, with what was wrong in it and the checksum of its rows."""
     if jobs == 1:
         for unit, chunk in missing:
-            yield unit, chunk, _decode(_only(unit, chunk), chunk)
+            yield unit, chunk, *_decode(_only(unit, chunk), chunk)
         return
     pool: Executor
     if jobs is None:
@@ -236,7 +249,7 @@ def _decode_all(missing: list[tuple[_Unit, str]], jobs: int | None) -> Iterator[
         futures = {pool.submit(_decode, _only(unit, chunk), chunk): (unit, chunk) for unit, chunk in missing}
         try:
             for future in as_completed(futures):
-                yield *futures[future], future.result()
+                yield *futures[future], *future.result()
         finally:
             for future in futures:
                 future.cancel()
@@ -249,9 +262,9 @@ def _only(unit: _Unit, chunk: str) -> _Unit:
     return replace(unit, source=replace(unit.source, splits=samples, problems=()), chunks={})
 
 
-def _decode(unit: _Unit, chunk: str) -> list[str]:
-    """Read the samples of a chunk into their array; what is wrong with them."""
-    split, start, _ = chunk.split()
+def _decode(unit: _Unit, chunk: str) -> tuple[list[str], int]:
+    """Read the samples of a chunk into their array; what is wrong with them, and the checksum of the rows."""
+    split, start, stop = chunk.split()
     field, problems = unit.field, []
     array = open_array(unit.path(unit.part, split), "r+")
     for index, sample in enumerate(unit.source.splits[split], start=int(start)):
@@ -269,12 +282,20 @@ def _decode(unit: _Unit, chunk: str) -> list[str]:
             problems.append(f"{path}: cannot be read: {type(error).__name__}: {error}")
     if isinstance(array, numpy.memmap):
         array.flush()
-    return problems
+    return problems, _row_checksum(array[int(start) : int(stop)])
 
 
 def _create(path: Path, field: Field, count: int) -> None:
     array = numpy.lib.format.open_memmap(path, "w+", numpy.dtype(field.dtype), (count, *field.shape))
     array.flush()
+    if hasattr(os, "posix_fallocate"):
+        try:
+            # On a full disk, writing into a mapped file that has no room of its own would kill the process.
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError:
+            path.unlink()
+            raise
 
 
 def _checksum(path: Path) -> int:
@@ -282,6 +303,13 @@ def _checksum(path: Path) -> int:
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             value = zlib.crc32(block, value)
+    return value
+
+
+def _row_checksum(rows: NDArray[Any]) -> int:
+    value = 0
+    for row in rows:
+        value = zlib.crc32(row.tobytes(), value)
     return value
 
 

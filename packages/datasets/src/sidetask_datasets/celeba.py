@@ -24,7 +24,7 @@ from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.adapter import MEAN, STD, Folder, Target, read_dataset
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_seed, check_size, check_switches, choose, choose_primary
-from sidetask_datasets.files import DataError, missing, read_picture
+from sidetask_datasets.files import DataError, is_file, is_folder, missing, read_picture
 from sidetask_datasets.source import Field, Source
 from sidetask_datasets.view import View
 
@@ -177,10 +177,10 @@ def _layout(root: Path) -> tuple[Path, Path, Path]:
         for anno, evaluation, img in (("Anno", "Eval", "Img"), ("", "", "")):
             attributes, partition = base / anno / "list_attr_celeba.txt", base / evaluation / "list_eval_partition.txt"
             folder = base / img / "img_align_celeba"
-            if attributes.is_file():
-                if not partition.is_file():
+            if is_file(attributes):
+                if not is_file(partition):
                     raise DataError(f"{partition}: no such file")
-                if not folder.is_dir():
+                if not is_folder(folder):
                     raise DataError(f"{folder}: no such folder")
                 return attributes, partition, folder
     raise DataError(f"{root}: holds neither Anno/list_attr_celeba.txt nor celeba/list_attr_celeba.txt")

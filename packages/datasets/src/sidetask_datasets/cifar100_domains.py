@@ -25,7 +25,7 @@ from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
-from sidetask_datasets.files import DataError
+from sidetask_datasets.files import DataError, is_file, is_folder
 from sidetask_datasets.joined import JoinedSplit
 from sidetask_datasets.split import ResidentSplit
 from sidetask_datasets.view import View
@@ -165,7 +165,7 @@ def _read(root: Path, download: bool) -> _Files:
         folder = _find(root)
     if folder is None:
         raise DataError(f"{root}: holds neither {_BINARY} nor {_PYTHON}; download=True fetches the latter")
-    if (folder / "train.bin").is_file():
+    if is_file(folder / "train.bin"):
         names_file = folder / "fine_label_names.txt"
         coarse, names = (_lines(folder / f"{kind}_label_names.txt") for kind in ("coarse", "fine"))
         files = {split: folder / f"{split}.bin" for split in COUNTS}
@@ -199,10 +199,10 @@ def _read(root: Path, download: bool) -> _Files:
 
 
 def _find(root: Path) -> Path | None:
-    if not root.is_dir():
+    if not is_folder(root):
         return None
     for folder in (root / _BINARY, root / _PYTHON, root):
-        if (folder / "train.bin").is_file() or (folder / "meta").is_file():
+        if is_file(folder / "train.bin") or is_file(folder / "meta"):
             return folder
     return None
 

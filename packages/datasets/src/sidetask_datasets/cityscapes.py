@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from sidetask_datasets import mtan
 from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
 from sidetask_datasets.dataset import Dataset, check_size, choose
-from sidetask_datasets.files import DataError, listed, paired, picture_size, read_picture
+from sidetask_datasets.files import DataError, is_folder, listed, paired, picture_size, read_picture
 from sidetask_datasets.source import Field, Item, Source
 
 TASKS = ("segmentation", "part_segmentation", "disparity")
@@ -146,10 +146,10 @@ def cityscapes_source(
         raise ValueError(f"classes is {len(CLASSES)} or {len(CATEGORIES)}, found {classes!r}")
     wanted = check_size(size)
     root = Path(root)
-    if (root / "leftImg8bit").is_dir():
+    if is_folder(root / "leftImg8bit"):
         _check_classes(root, classes)
         return _official(root, names or TASKS, wanted or (256, 512))
-    if (root / "train" / "image").is_dir():
+    if is_folder(root / "train" / "image"):
         if any(name.endswith(".npy") for name in listed(root / "train" / "image")):
             return _arrays(root, names, wanted, classes)
         _check_classes(root, classes)
@@ -168,7 +168,7 @@ def _arrays(root: Path, names: Sequence[str] | None, size: tuple[int, int] | Non
     names = names or ("segmentation", "disparity")
     if "part_segmentation" in names:
         raise DataError(f"{root}: the layout of arrays has no parts; its tasks are segmentation and disparity")
-    label = "label_7" if classes == len(CATEGORIES) and (root / "train" / "label_7").is_dir() else "label"
+    label = "label_7" if classes == len(CATEGORIES) and is_folder(root / "train" / "label_7") else "label"
     found = {"image": "image", "segmentation": label, "disparity": "depth"}
     folders = {name: found[name] for name in ("image", *names)}
     splits, problems = {}, []

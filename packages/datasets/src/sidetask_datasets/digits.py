@@ -29,7 +29,7 @@ from torch.nn import functional
 from sidetask_datasets import draws, tasks
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
-from sidetask_datasets.files import DataError
+from sidetask_datasets.files import DataError, is_file
 from sidetask_datasets.split import ResidentSplit, Split
 from sidetask_datasets.view import View
 
@@ -185,14 +185,14 @@ def _file_pools(source: str, root: Path, download: bool, seed: int) -> _Pools:
 
 def _folder(source: str, root: Path) -> Path | None:
     for folder in (root, root / _FOLDERS[source] / "raw"):
-        if _idx_path(folder, "train-images-idx3").is_file():
+        if is_file(_idx_path(folder, "train-images-idx3")):
             return folder
     return None
 
 
 def _idx_path(folder: Path, stem: str) -> Path:
     plain = folder / f"{stem}-ubyte"
-    return plain if plain.is_file() else folder / f"{stem}-ubyte.gz"
+    return plain if is_file(plain) else folder / f"{stem}-ubyte.gz"
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import stat
 import threading
 import tokenize
 from collections.abc import Iterable, Mapping, Sequence
@@ -117,9 +119,41 @@ def check_ids(path: Path, pixels: NDArray[Any], classes: int) -> None:
         raise DataError(f"{path}: class id {wrong[0]}; there are {classes} classes, and 255 is unlabelled")
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; a link that leads nowhere or in a circle is none.
+
+    Raises:
+        DataError: if that cannot be found out: a folder that may not be entered, a name that is too long.
+    """
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; see `is_file`."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return 0
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:  # a zero byte in its name
+        raise DataError(f"{str(path)!r}: {error}") from error
+
+
 def missing(paths: Iterable[Path]) -> list[str]:
     """A problem for each path that is not that of a file; a link that leads nowhere or in a circle is none."""
-    return [f"{path}: no such file" for path in paths if not path.is_file()]
+    problems = []
+    for path in paths:
+        try:
+            if not is_file(path):
+                problems.append(f"{path}: no such file")
+        except DataError as error:
+            problems.append(str(error))
+    return problems
 
 
 def read_picture(
@@ -199,6 +233,19 @@ def read_array(path: Path) -> NDArray[Any]:
         array.close()
         raise DataError(f"{path}: cannot be read as an array: it is an archive")
     return array
+
+
+def single(path: Path, values: NDArray[Any]) -> NDArray[numpy.float32]:
+    """Numbers in single precision.
+
+    Raises:
+        DataError: if one is not finite, or not in single precision.
+    """
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        found = values.astype(numpy.float32)
+    if not numpy.isfinite(found).all():
+        raise DataError(f"{path}: holds values that are not finite in single precision")
+    return found
 
 
 def listed(folder: Path) -> list[str]:

@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 
 from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
 from sidetask_datasets.dataset import Dataset, check_size, choose
-from sidetask_datasets.files import DataError, check_apart, check_ids, missing, picture_size, read_ids, read_picture
+from sidetask_datasets.files import (
+    DataError,
+    check_apart,
+    check_ids,
+    is_folder,
+    missing,
+    picture_size,
+    read_ids,
+    read_picture,
+)
 from sidetask_datasets.source import Field, Item, Source
 
 TASKS = ("segmentation", "depth", "normals")
@@ -101,7 +110,7 @@ def frames_source(
     names = choose("task", tasks, TASKS)
     wanted = check_size(size)
     root = Path(root)
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"{root}: no such folder; it should hold train.txt, test.txt and the pictures")
     train_file, test_file = root / "train.txt", root / "test.txt"
     lists = {"train": read_ids(train_file), "test": read_ids(test_file)}

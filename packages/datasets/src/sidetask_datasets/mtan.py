@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from sidetask_datasets.files import DataError, averaged, check_ids, nearest, paired, read_array
+from sidetask_datasets.files import DataError, averaged, check_ids, nearest, paired, read_array, single
 from sidetask_datasets.source import Item
 
 Size = tuple[int, int]
@@ -54,7 +54,8 @@ def read_image(path: Path, *, shape: Size, resize: Size | None = None) -> NDArra
 def read_classes(path: Path, *, shape: Size, classes: int, resize: Size | None = None) -> NDArray[Any]:
     """Class ids, ``[H, W]`` uint8, 255 unlabelled; in the file it is −1."""
     values = _checked(path, shape, ())
-    whole = values.round().astype(numpy.int64)
+    with numpy.errstate(invalid="ignore"):
+        whole = values.round().astype(numpy.int64)
     if (values != whole).any():
         raise DataError(f"{path}: expected whole numbers, found {values[values != whole][0]:.4g}")
     if whole.size and whole.min() < -1:
@@ -69,13 +70,14 @@ def read_positive(path: Path, *, shape: Size, resize: Size | None = None) -> NDA
     values = _checked(path, shape, ())
     if values.size and values.min() < 0:
         raise DataError(f"{path}: expected values that are not negative, found {values.min():.4g}")
-    return nearest(values.astype(numpy.float32), resize or shape)
+    return nearest(single(path, values), resize or shape)
 
 
 def read_normals(path: Path, *, shape: Size, resize: Size | None = None) -> NDArray[Any]:
     """Unit vectors, ``[3, H, W]`` int16, of length 32767; 0 unlabelled."""
     values = _checked(path, shape, (3,)).astype(numpy.float64)
-    longest = numpy.sqrt((values**2).sum(axis=-1).max(initial=0.0))
+    with numpy.errstate(over="ignore"):
+        longest = numpy.sqrt((values**2).sum(axis=-1).max(initial=0.0))
     if longest > 1.05:
         raise DataError(f"{path}: expected unit vectors, found one of length {longest:.4g}")
     vectors = (values * 32767.0).round().clip(-32767, 32767).astype(numpy.int16)

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from sidetask_datasets import matlab, mtan
 from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
 from sidetask_datasets.dataset import Dataset, check_size, choose
-from sidetask_datasets.files import DataError, averaged, nearest
+from sidetask_datasets.files import DataError, averaged, is_file, is_folder, nearest, single
 from sidetask_datasets.frames import LIMITS, NYUV2_CLASSES, TASKS, frames_source
 from sidetask_datasets.source import Field, Source
 
@@ -88,12 +88,12 @@ def nyuv2_source(root: Folder, tasks: Sequence[str] = TASKS, *, size: Sequence[i
     names = choose("task", tasks, TASKS)
     wanted = check_size(size)
     root = Path(root)
-    if (root / "train.txt").is_file():
+    if is_file(root / "train.txt"):
         return frames_source(root, names, size=size)
-    if (root / _OFFICIAL).is_file():
+    if is_file(root / _OFFICIAL):
         return _official(root, names, wanted or (288, 384))
     for test in ("val", "test"):
-        if (root / "train" / "image").is_dir() and (root / test / "image").is_dir():
+        if is_folder(root / "train" / "image") and is_folder(root / test / "image"):
             return _arrays(root, names, wanted, test)
     raise DataError(
         f"{root}: holds none of NYUv2's layouts: train/image and val/image (or test/image) with .npy files, "
@@ -191,7 +191,7 @@ def _read_labels(path: Path, number: int, *, size: tuple[int, int], table: Seque
 
 
 def _read_depths(path: Path, number: int, *, size: tuple[int, int]) -> NDArray[Any]:
-    depths = matlab.read_row(path, "depths", number, _SIZE[::-1], "f").T
-    if not numpy.isfinite(depths).all() or depths.min() < 0:
-        raise DataError(f"{path}: depths of frame {number + 1}: hold negative values or such that are not finite")
-    return nearest(depths.astype(numpy.float32), size)
+    depths = single(path, matlab.read_row(path, "depths", number, _SIZE[::-1], "f").T)
+    if depths.min() < 0:
+        raise DataError(f"{path}: depths of frame {number + 1}: hold negative values")
+    return nearest(depths, size)

@@ -31,6 +31,7 @@ from sidetask_datasets.files import (
     DataError,
     check_apart,
     check_ids,
+    is_folder,
     missing,
     nearest,
     picture_size,
@@ -149,7 +150,7 @@ def pascal_context_source(root: Folder, tasks: Sequence[str] = TASKS, *, size: S
     files = {"train": lists_folder / "train.txt", "test": lists_folder / "val.txt"}
     lists = {split: read_ids(path) for split, path in files.items()}
     check_apart(files["train"], lists["train"], files["test"], lists["test"])
-    segmentation = next((f for f in ("VOC12", "pascal-context") if (root / "semseg" / f).is_dir()), "VOC12")
+    segmentation = next((f for f in ("VOC12", "pascal-context") if is_folder(root / "semseg" / f)), "VOC12")
     places = {
         "segmentation": ("semseg/" + segmentation, "png"),
         "human_parts": ("human_parts", "mat"),

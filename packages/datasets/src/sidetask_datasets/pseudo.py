@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from sidetask_datasets import tasks
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset
-from sidetask_datasets.files import DataError
+from sidetask_datasets.files import DataError, is_file
 from sidetask_datasets.split import Split
 from sidetask_datasets.view import View
 
@@ -127,7 +127,7 @@ def pseudo_label(
     classes = 0
     for name in SPLITS:
         path, split = folder / f"{name}.npz", getattr(dataset, name)
-        if path.exists():
+        if is_file(path):
             _, classes = _read(path, split, dataset, made)
             continue
         parts = []
@@ -285,7 +285,7 @@ def _save(path: Path, **arrays: Any) -> None:
 
 def _read(path: Path, split: Split, dataset: Dataset, made: str | None = None) -> tuple[Column, int]:
     """The labels of one split, checked, and the number of classes; refused if they were not `made` that way."""
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{path}: no such file; labels are train.npz, validation.npz and test.npz")
     try:
         # Given a path, numpy leaves a damaged file open.

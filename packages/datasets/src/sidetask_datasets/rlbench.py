@@ -30,7 +30,18 @@ from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.adapter import MEAN, STD, Folder, read_splits
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_seed, check_size, check_switches, choose, choose_primary
-from sidetask_datasets.files import DataError, DataErrors, missing, picture_size, read_array, read_picture
+from sidetask_datasets.files import (
+    DataError,
+    DataErrors,
+    is_file,
+    is_folder,
+    listed,
+    missing,
+    picture_size,
+    read_array,
+    read_picture,
+    single,
+)
 from sidetask_datasets.joined import JoinedSplit
 from sidetask_datasets.source import Field, Item, Source
 from sidetask_datasets.split import DerivedSplit, Split
@@ -91,7 +102,7 @@ def rlbench(
 
     Raises:
         DataError: beginning with the path at fault: a folder or file that is missing, fewer than three episodes, a
-            pickle in place of arrays, arrays that are no floats [L, S], hold what is no number, or are of other
+            pickle in place of arrays, arrays that are no floats [L, S], hold what is not finite, or are of other
             lengths, a picture that is missing, surplus, damaged or of another size.
         ValueError: for an unknown camera or loss, or a task that is no name of a folder.
     """
@@ -247,8 +258,9 @@ def _episode_folders(folder: Path) -> list[Path]:
         DataError: if there are fewer than three, one for each split.
     """
     found = []
-    for place in [folder, *sorted(folder.glob("*/episodes"))] if folder.is_dir() else []:
-        found += [path for path in place.glob("episode*") if re.fullmatch("episode[0-9]+", path.name)]
+    variations = [folder / name / "episodes" for name in listed(folder)] if is_folder(folder) else []
+    for place in filter(is_folder, [folder, *variations]):
+        found += [place / name for name in listed(place) if re.fullmatch("episode[0-9]+", name)]
     if len(found) < len(_SPLITS):
         raise DataError(f"{folder}: holds {len(found)} folders episode0, episode1, …; three splits need three at least")
     return sorted(found, key=lambda path: (path.parent, int(path.name.removeprefix("episode"))))
@@ -256,7 +268,7 @@ def _episode_folders(folder: Path) -> list[Path]:
 
 def _read_episode(folder: Path, task: str, split: str, cameras: Sequence[str], every: int) -> _Episode:
     pickled = folder / "low_dim_obs.pkl"
-    if pickled.exists() and not (folder / "state.npy").exists():
+    if is_file(pickled) and not is_file(folder / "state.npy"):
         raise DataError(
             f"{pickled}: a pickle runs whatever is in it, and is not opened; write its states and actions to state.npy "
             "and action.npy, as docs/datasets/rlbench.md shows"
@@ -269,7 +281,8 @@ def _read_episode(folder: Path, task: str, split: str, cameras: Sequence[str], e
     for camera in cameras:
         place = folder / f"{camera}_rgb"
         problems += missing(place / f"{step}.png" for step in range(steps))
-        surplus = {path.name for path in place.glob("*.png")} - {f"{step}.png" for step in range(steps)}
+        there = {name for name in listed(place) if name.endswith(".png")} if is_folder(place) else set()
+        surplus = there - {f"{step}.png" for step in range(steps)}
         problems += [f"{place / name}: state.npy has no such step" for name in sorted(surplus)]
     if problems:
         raise DataErrors(problems)
@@ -287,9 +300,7 @@ def _read_floats(path: Path) -> NDArray[numpy.float32]:
     array = read_array(path)
     if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
         raise DataError(f"{path}: expected floats [steps, numbers], found {array.dtype} {list(array.shape)}")
-    if not numpy.isfinite(array).all():
-        raise DataError(f"{path}: holds what is no number")
-    return numpy.array(array, numpy.float32)
+    return single(path, array)
 
 
 def _stacked(arrays: Sequence[NDArray[Any]]) -> Tensor:

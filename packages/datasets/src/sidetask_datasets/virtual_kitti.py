@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from sidetask_datasets import draws
 from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
 from sidetask_datasets.dataset import Dataset, check_seed, check_size, choose
-from sidetask_datasets.files import DataError, missing, picture_size, read_picture
+from sidetask_datasets.files import DataError, is_folder, listed, missing, picture_size, read_picture
 from sidetask_datasets.frames import read_colour
 from sidetask_datasets.source import Field, Item, Source
 
@@ -281,23 +281,24 @@ def _first_version(root: Path, worlds: Sequence[str], variations: Sequence[str])
         )
         for world in worlds
         for variation in variations
-        if (bases["image"] / world / variation).is_dir()
+        if is_folder(bases["image"] / world / variation)
     ]
 
 
 def _second_version(root: Path, worlds: Sequence[str], variations: Sequence[str], camera: int) -> _Places:
     def base(part: str) -> Path:
         """One archive's folder, or the folder of all."""
-        own = sorted(root.glob(f"vkitti_2*_{part}")) if root.is_dir() else []
-        return own[-1] if own else root
+        own = [name for name in names if name.startswith("vkitti_2") and name.endswith(f"_{part}")]
+        return root / own[-1] if own else root
 
+    names = listed(root) if is_folder(root) else []
     parts = dict(zip(_FIELDS, ("rgb", "classSegmentation", "depth"), strict=True))
     found = []
     for world in worlds:
         for variation in variations:
             scene = Path(f"Scene{world[2:]}") / variation
             folders = {name: base(part) / scene / "frames" / part / f"Camera_{camera}" for name, part in parts.items()}
-            if folders["image"].is_dir():
+            if is_folder(folders["image"]):
                 found.append((folders, base("textgt") / scene / "colors.txt"))
     return found
 

@@ -112,11 +112,12 @@ class Killer(Display):
 
     def __init__(self):
         self.killed = 0
+        self.others = set(multiprocessing.active_children())  # of tests before
 
     def begin(self, name, done, steps):
         if name.startswith("+".join(TASKS)):
             self.killed += 1
-            for worker in multiprocessing.active_children():
+            for worker in set(multiprocessing.active_children()) - self.others:
                 worker.kill()
 
 

@@ -230,6 +230,27 @@ def test_a_wrong_shape_is_named(folder):
         prepare(wrong)
 
 
+@pytest.mark.parametrize("jobs", [1, 2, None])
+def test_what_is_damaged_is_listed_beside_what_is_missing(folder, own_cache, jobs):
+    source = make(folder, problems=["x: no such file"])
+    (folder / "a3").unlink()
+    for name in ("b3", "b4", "a69"):
+        (folder / name).write_text("oops")
+    with pytest.raises(DataErrors) as caught:
+        prepare(source, jobs=jobs)
+    # Sample 3 lacks a file, and is not read.
+    assert [problem.split(": ")[0].rsplit("/")[-1] for problem in caught.value.problems] == ["x", "a69", "b4"]
+    assert not list(own_cache.rglob("*.npy"))
+
+
+def test_an_empty_split_is_refused(folder, own_cache):
+    source = make(folder)
+    empty = Source("numbers", folder, source.fields, {**source.splits, "test": []})
+    with pytest.raises(DataErrors, match="data: the split 'test' is empty"):
+        prepare(empty)
+    assert not list(own_cache.rglob("*.npy"))
+
+
 def test_problems_of_the_tree_and_missing_files_stop_it(folder, own_cache):
     with pytest.raises(DataError, match="x: no such file"):
         prepare(make(folder, problems=["x: no such file"]))

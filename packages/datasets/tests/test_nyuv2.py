@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy.io import savemat
 from sidetask_datasets import DataError, matlab, nyuv2
+from sidetask_datasets.cache import prepare
 from sidetask_datasets.files import DataErrors
-from sidetask_datasets.nyuv2 import _read_depths
+from sidetask_datasets.nyuv2 import _read_depths, nyuv2_source
 
 from .test_frames import TEST, TRAIN, write_frame
 
@@ -185,6 +186,31 @@ def test_every_problem_of_the_tree_is_listed_before_anything_is_decoded(arrays, 
     ):
         assert expected in text
     assert not list(own_cache.rglob("*.npy"))
+
+
+def test_a_damaged_first_image_hides_no_other_problem(arrays):
+    root, written = arrays
+    (root / "train" / "image" / "0.npy").write_bytes(b"damaged")
+    (root / "train" / "label" / "3.npy").unlink()
+    numpy.save(root / "train" / "depth" / "5.npy", -written["train", 5]["depth"] - 1)
+    with pytest.raises(DataErrors) as caught:
+        prepare(nyuv2_source(root))
+    found = [problem.removeprefix(f"{root}/").split(": ")[0] for problem in caught.value.problems]
+    assert found == ["train/label/3.npy", "train/depth/5.npy", "train/image/0.npy"]
+    for path in (root / "train" / "image", root / "val" / "image"):
+        for file in path.iterdir():
+            file.write_bytes(b"damaged")
+    with pytest.raises(DataErrors) as caught:
+        prepare(nyuv2_source(root))
+    assert len(caught.value.problems) == 1 + 11 + 3
+
+
+def test_images_without_pixels_are_refused(arrays):
+    root, _ = arrays
+    for path in root.rglob("*.npy"):
+        numpy.save(path, numpy.zeros((0, 8, 3)))
+    with pytest.raises(DataErrors, match=r"image/0\.npy: expected an array \[H, W, ...\] of some pixels"):
+        nyuv2(root, validation=2)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,7 +7,7 @@ import re
 import stat
 import threading
 import tokenize
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -291,6 +291,33 @@ def paired(folders: Mapping[str, Path], patterns: Mapping[str, str]) -> tuple[li
         problems += missing(folder / patterns[name].format(id_) for id_ in sorted(found[name]))
     both = every.intersection(*found.values())
     return sorted(both, key=lambda id_: (0, int(id_), id_) if id_.isdecimal() else (1, 0, id_)), problems
+
+
+def first_size(
+    paths: Iterable[Path], measure: Callable[[Path], tuple[int, int]], problems: Sequence[str] = ()
+) -> tuple[int, int]:
+    """Height and width of the first picture that can be read, 0×0 if there is none.
+
+    What is wrong with those before it shows when they are decoded, as it does with the others.
+
+    Args:
+        paths: of pictures; those that are not there are passed over.
+        measure: height and width of one.
+        problems: what is wrong beside.
+
+    Raises:
+        DataErrors: if there are some and none can be read: what is wrong with each, after `problems`.
+    """
+    damaged = []
+    for path in paths:
+        if not missing([path]):
+            try:
+                return measure(path)
+            except DataError as error:
+                damaged.append(str(error))
+    if damaged:
+        raise DataErrors([*problems, *damaged])
+    return 0, 0
 
 
 def picture_size(path: Path) -> tuple[int, int]:

@@ -31,11 +31,11 @@ def shape_of(path: Path) -> Size:
     """Height and width of an array ``[H, W, ...]``.
 
     Raises:
-        DataError: if it has less than two dimensions.
+        DataError: if it has less than two dimensions, or no pixels.
     """
     shape = read_array(path).shape
-    if len(shape) < 2:
-        raise DataError(f"{path}: expected an array [H, W, ...], found {list(shape)}")
+    if len(shape) < 2 or 0 in shape:
+        raise DataError(f"{path}: expected an array [H, W, ...] of some pixels, found {list(shape)}")
     return shape[0], shape[1]
 
 

@@ -118,6 +118,7 @@ HOSTILE = {
     "normal beyond double precision when squared": ("normal", bad(1e300, numpy.float64, (3,)), "one of length inf"),
     "infinite normal": ("normal", bad(numpy.inf, channels=(3,)), "not finite"),
     "long normal": ("normal", bad(2.0, channels=(3,)), "expected unit vectors, found one of length 2"),
+    "short normals": ("normal", numpy.full((*SIZE, 3), 0.03), "unit vectors, found a median length of 0.05196"),
     "class out of range": ("label", bad(13, numpy.int64), "class id 13; there are 13 classes"),
     "class below -1": ("label", bad(-2, numpy.int64), "class id -2; -1 is unlabelled"),
     "half a class": ("label", bad(1.5), "expected whole numbers, found 1.5"),

@@ -19,6 +19,7 @@ from PIL import Image
 _HEADERS = threading.Lock()
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _LONGEST = 200  # file systems end names at 255 bytes, and an ending follows
+_PIXELS_PER_BYTE = 10_000  # deflate makes 1032 bytes of one, and a byte holds eight pixels of two colours
 _MODES = {
     "colour": ("RGB",),
     "vectors": ("RGB",),
@@ -175,6 +176,7 @@ def read_picture(
     formats = (_FORMATS.get(path.suffix.lower(), "JPEG"),)
     try:
         with Image.open(path, formats=formats) as picture:
+            _check_claim(path, picture)
             if picture.mode not in _MODES[kind]:
                 raise DataError(f"{path}: expected {_WANTED[kind]} pixels, found mode {picture.mode!r}")
             if original is not None and picture.size != original[::-1]:
@@ -328,6 +330,16 @@ def picture_size(path: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as picture:
+            _check_claim(path, picture)
             return picture.height, picture.width
+    except DataError:
+        raise
     except (*_BROKEN, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be decoded: {error}") from error
+
+
+def _check_claim(path: Path, picture: Image.Image) -> None:
+    """Refuse, before memory is taken and time is spent, a size that so few bytes cannot hold."""
+    size = path.stat().st_size
+    if not 0 < picture.height * picture.width <= _PIXELS_PER_BYTE * size:
+        raise DataError(f"{path}: claims {picture.height}×{picture.width} pixels in {size} bytes")

@@ -198,28 +198,6 @@ def part_of(folder, own_cache):
     return done
 
 
-def test_of_two_processes_that_ask_at_once_one_works(folder, own_cache):
-    code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, '.')\n"
-        "from packages.datasets.tests.test_cache import check, make, prepare\n"
-        "print('ready', flush=True); sys.stdin.readline()\n"
-        f"check(prepare(make(Path({str(folder)!r}), ['a']), jobs=1))\n"
-    )
-    make(folder)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "SIDETASK_CACHE": str(own_cache)}
-    both = [subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) for _ in range(2)]
-    for process in both:
-        assert process.stdout.readline() == "ready\n"
-    for process in both:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in both:
-        process.communicate()
-        assert process.returncode == 0
-    assert sorted(reads(folder)) == sorted(f"a{i}" for i in range(COUNT))
-
-
 def test_what_is_done_is_written_down_in_a_line_each(folder, own_cache):
     lines = [json.loads(line) for line in part_of(folder, own_cache).read_text().splitlines()]
     assert lines[0]["splits"] == {"train": 40, "test": 30}

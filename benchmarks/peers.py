@@ -15,6 +15,9 @@ Auto-λ as published (Liu et al. 2022) is written down here, in plain PyTorch: a
 step, the validation gradient v is taken there, λ learns from the training losses of the network displaced by v times
 0.01 / ‖v‖, forth and back, and then the network takes its real step.
 
+SAAL as published (Graffeuille et al. 2024) is that procedure for the coefficients of all tasks and transfers, without
+their normalisation, on the network with all clones, of which the virtual step has copies too.
+
 Pareto MTL as published (Lin et al. 2019): a forward and a backward pass of the whole network for every task, then the
 weights, then one more forward pass for every task and a backward pass of their weighted sum.
 """
@@ -94,6 +97,7 @@ def peers(setting: Any) -> dict[tuple[str, str], Callable[[], Run]]:
     """What builds a step, by our row and the library, for libraries that are installed and what is written here."""
     found: dict[tuple[str, str], Callable[[], Run]] = {
         ("autolambda before", "as published"): lambda: _published_autolambda(setting),
+        ("saal-w before", "as published"): lambda: _published_saal_w(setting),
         ("pareto-mtl over parameters", "as published"): lambda: _published_pareto_mtl(setting),
     }
     for library, entries, build in (("TorchJD", TORCHJD, _torchjd), ("LibMTL", LIBMTL, _libmtl)):
@@ -191,16 +195,32 @@ def _libmtl(setting: Any, name: str, at: str, options: dict[str, Any]) -> Run:
 
 
 def _published_autolambda(setting: Any) -> Run:
-    model, optimizer = setting.model, setting.optimizer
+    return _published_lookahead(setting, setting.model, setting.tasks, setting.tasks, setting.optimizer)
+
+
+def _published_saal_w(setting: Any) -> Run:
+    """Auto-λ's procedure for all coefficients, on the network with all transfers; the primary tasks are judged."""
+    from sidetask_core import Step, plugins
+
+    step = Step(setting.model, setting.tasks, plugins.make_method("saal-w", setting.tasks))
+    # Of the clones, too, the step is one with momentum.
+    options = {key: setting.optimizer.defaults[key] for key in ("lr", "momentum", "weight_decay")}
+    optimizer = torch.optim.SGD(step.model.parameters(), **options)
+    for parameter in step.model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return _published_lookahead(setting, step.model, step.tasks, setting.tasks, optimizer)
+
+
+def _published_lookahead(setting: Any, model: Any, tasks: Any, judged: Any, optimizer: torch.optim.SGD) -> Run:
     virtual = copy.deepcopy(model)
-    weights = torch.full((len(setting.tasks),), 0.1, device=setting.batch.inputs.device, requires_grad=True)
+    weights = torch.full((len(tasks),), 0.1, device=setting.batch.inputs.device, requires_grad=True)
     adam = torch.optim.Adam([weights], lr=1e-4)
     parameters, ahead = list(model.parameters()), list(virtual.parameters())
     group = optimizer.param_groups[0]
 
-    def losses(network: torch.nn.Module, batch: Any) -> Tensor:
-        predictions = network(batch.inputs)
-        return torch.stack([task.mean(predictions[task.name], batch.target_of(task))[0] for task in setting.tasks])
+    def losses(network: torch.nn.Module, batch: Any, wanted: Any = tasks) -> Tensor:
+        predictions = network(batch.inputs, [task.name for task in wanted])
+        return torch.stack([task.mean(predictions[task.name], batch.target_of(task))[0] for task in wanted])
 
     def displace(vector: list[Tensor], by: Tensor) -> None:
         for parameter, v in zip(parameters, vector, strict=True):
@@ -213,7 +233,8 @@ def _published_autolambda(setting: Any) -> Run:
             for there, here, g in zip(ahead, parameters, slope, strict=True):
                 velocity = group["momentum"] * optimizer.state[here]["momentum_buffer"]
                 there.copy_(here - group["lr"] * (velocity + g + group["weight_decay"] * here))
-        v = list(torch.autograd.grad(losses(virtual, setting.validation).sum(), ahead))
+        found = torch.autograd.grad(losses(virtual, setting.validation, judged).sum(), ahead, allow_unused=True)
+        v = [torch.zeros_like(p) if x is None else x for p, x in zip(parameters, found, strict=True)]
         with torch.no_grad():
             epsilon = 0.01 / torch.cat([x.flatten() for x in v]).norm()
             # λ is linear in the weighted loss, so that its gradient there is the losses.

@@ -17,8 +17,8 @@ Methods that look ahead get a validation batch as large as the training batch, a
 follow. In their rows all tasks are primary, unless it says "one primary". Of a method that learns in every fifth step,
 the time is a fifth of five steps in a row. Class-wise weights are those of six bins of depth, for segmentation.
 
-A second table has the methods that TorchJD or LibMTL have too, and Auto-λ and Pareto MTL as they were published, on
-the same model and batch, in the same rounds (`peers.py`; those libraries are optional). A ratio there is ours to
+A second table has the methods that TorchJD or LibMTL have too, and Auto-λ, SAAL and Pareto MTL as they were published,
+on the same model and batch, in the same rounds (`peers.py`; those libraries are optional). A ratio there is ours to
 theirs, again within a round.
 
 A figure over its goal is marked with an exclamation mark; beside a peer the goal is 1.
@@ -368,7 +368,7 @@ def builders(
     specs = methods(setting, rows, wanted)
     found = {(row, ""): functools.partial(ours, setting, row, spec) for row, spec in specs.items()}
     found["plain", ""] = functools.partial(plain, setting)
-    if beside_peers and rows is METHODS:
+    if beside_peers:
         found |= {key: build for key, build in peers(setting).items() if (key[0], "") in found}
     return found
 

@@ -1,9 +1,11 @@
 """The conformance suite fails what it should fail."""
 
+import time
+
 import pytest
 import torch
 from sidetask_core import Combiner, Method, Weighting
-from sidetask_core.testing import conformance, in_two_processes
+from sidetask_core.testing import conformance, in_two_processes, processes
 
 
 class Nothing(Combiner):
@@ -95,4 +97,14 @@ def rank_of(rank, world):
 def test_a_process_that_fails_is_reported_and_does_not_spoil_the_next_call():
     with pytest.raises(RuntimeError, match="rank 1 failed"):
         in_two_processes(fails_on_one)
+    assert sorted(in_two_processes(rank_of)) == [(0, 2), (1, 2)]
+
+
+def test_two_processes_that_someone_has_killed_are_replaced():
+    in_two_processes(rank_of)
+    pool = processes._pair()
+    for process in pool._processes.values():
+        process.kill()
+    while not pool._broken:
+        time.sleep(0.01)
     assert sorted(in_two_processes(rank_of)) == [(0, 2), (1, 2)]

@@ -128,8 +128,11 @@ def ablate_transfers(
 
 def _without(method: Any, name: str) -> dict[str, Any]:
     """The same method, one of whose transfers is never on."""
+    from sidetask_saal import ends  # here, because it may not be installed
+
     spec = {"name": method} if isinstance(method, str) else dict(method)
     if "name" not in spec:
         return {**spec, "augment": _without(spec["augment"], name)}
     schedule = spec.get("schedule")
-    return {**spec, "schedule": {**(schedule if isinstance(schedule, Mapping) else {}), name: []}}
+    others = {} if not isinstance(schedule, Mapping) else {k: v for k, v in schedule.items() if ends(k) != ends(name)}
+    return {**spec, "schedule": {**others, name: []}}

@@ -33,7 +33,7 @@ def conflict(tasks: Sequence[str], gramian: Tensor, labelled: Tensor) -> Values:
     >>> round(found["cosines"]["a, b"].item(), 4), round(found["ratios"]["a"].item(), 4)
     (-0.5, 1.3333)
     >>> round(found["condition"]["gramian"].item(), 4)
-    5.3117
+    6.1713
     """
     most = 1 / torch.finfo(gramian.dtype).eps
     gramian = gramian.double()

@@ -3,11 +3,11 @@
 A run's folder holds
 
 - ``config.yaml``: what is run;
-- ``metrics.jsonl``: per epoch the mean training losses, validation metrics and score, learning rate, seconds, the
-  weights that shapers name, such as those of classes, and the coefficients that rules name, such as those of which
-  weights are shares;
+- ``metrics.jsonl``: per epoch the mean training losses, validation metrics and score, learning rate, seconds, and
+  the weights that shapers name, such as those of classes;
 - ``weights.jsonl``: per step the losses, the weights above (encoder) and below (decoder) the cut, and the norms of the
-  gradients at it, if the method reads them; at some steps, how far the tasks' gradients disagree, if that is asked for;
+  gradients at it, if the method reads them; the coefficients that rules name, such as those of which weights are
+  shares; at some steps, how far the tasks' gradients disagree, if that is asked for;
 - ``checkpoint.pt``: everything the next step depends on; ``best.pt``: the network of the chosen epoch, without the
   heads that a method added for training;
 - ``status.json``: where it is, at most half a second ago, for who watches;
@@ -220,8 +220,6 @@ class _Run:
             record = {"epoch": epoch, "losses": losses, "validation": validation, "score": value, "lr": rate}
             if shapers := trainer.named_weights():
                 record["shapers"] = shapers
-            if coefficients := trainer.named_coefficients():
-                record["coefficients"] = coefficients
             self.metrics.append({**record, "seconds": round(self.epoch_seconds, 3)})
             if training.epochs - training.average <= epoch < training.epochs - 1:
                 self.tests.append(evaluate(self.judged, tasks, self.data.test, self._batch_size()))

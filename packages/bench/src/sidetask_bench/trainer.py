@@ -97,7 +97,7 @@ class Trainer:
             values = _mean_values(reports)
             for name, loss in values["losses"].items():
                 self.loss_sums[name] = self.loss_sums.get(name, 0) + loss
-            yield values | compared
+            yield values | compared | self._coefficients()
 
     def end_epoch(self) -> dict[str, float]:
         """Close the epoch: its mean loss over the steps, by task."""
@@ -110,13 +110,16 @@ class Trainer:
         found = {n: shaper.named_weights() for n, shaper in self.step.shapers.items() if isinstance(shaper, Shaper)}
         return {name: {key: float(w) for key, w in weights.items()} for name, weights in found.items() if weights}
 
-    def named_coefficients(self) -> dict[str, dict[str, float]]:
+    def _coefficients(self) -> Values:
         """What the rules name besides the weights they give, by slot; one that fills both is the encoder's."""
         slots = {"encoder": self.step.encoder, "decoder": self.step.decoder}
         if self.step.decoder is self.step.encoder:
             del slots["decoder"]
         found = {slot: rule.named_weights() for slot, rule in slots.items() if rule is not None}
-        return {slot: {key: float(w) for key, w in weights.items()} for slot, weights in found.items() if weights}
+        # Copies, for a rule goes on with its own before they are written.
+        return {
+            f"{slot}_coefficients": {k: w.detach().clone() for k, w in of.items()} for slot, of in found.items() if of
+        }
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""

@@ -105,6 +105,8 @@ def cityscapes(  # noqa: D417 -- what all adapters take is described in one plac
     The official test images have no labels; what is called ``val`` is the test split here, and validation is held out
     of ``train``.
 
+    `primary`, `seed`, `noise`, `cache` and `device` are those of `adapter.read_dense`.
+
     Args:
         root: a folder with one of the layouts above.
         tasks: among "segmentation", "part_segmentation" and "disparity"; None: all that the layout has.
@@ -112,7 +114,6 @@ def cityscapes(  # noqa: D417 -- what all adapters take is described in one plac
         size: height and width to bring images to: by averaging, labels by the nearest pixel, disparity in pixels of the
             new width; None: as they are, but (256, 512), Auto-λ's, for the official tree.
         classes: 19, or 7 categories, which only the layout of arrays has.
-        primary, seed, noise, cache, device: see `adapter.read_dense`.
 
     Raises:
         DataError: for a root that holds none of the layouts, a task that its layout has not, or, all at once and each

@@ -72,13 +72,14 @@ def frames(  # noqa: D417 -- what all adapters take is described in one place
 ) -> Dataset:
     """A folder of frames in the tree above, decoded once into a cache.
 
+    `primary`, `seed`, `normals_loss`, `noise`, `cache` and `device` are those of `adapter.read_dense`.
+
     Args:
         root: the folder.
         tasks: among "segmentation", "depth" and "normals". Only the folders that they need are read.
         validation: so many ids, the last of train.txt, are held out for model selection; 159 of NYUv2's 795 in SAAL.
         size: height and width to bring frames to: images by averaging, labels by the nearest pixel; None: as they are.
         classes: names in order of the ids in the label pictures; NYUv2's 13 by default.
-        primary, seed, normals_loss, noise, cache, device: see `adapter.read_dense`.
 
     Raises:
         DataError: a ValueError that begins with the path of the file at fault: a root, list or picture that is missing,

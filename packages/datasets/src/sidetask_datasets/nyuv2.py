@@ -57,13 +57,14 @@ def nyuv2(  # noqa: D417 -- what all adapters take is described in one place
 ) -> Dataset:
     """NYU Depth v2: 13 classes, depth and normals; 795 frames to train and validate on, 654 to test.
 
+    `primary`, `seed`, `normals_loss`, `noise`, `cache` and `device` are those of `adapter.read_dense`.
+
     Args:
         root: a folder with one of the layouts above.
         tasks: among "segmentation", "depth" and "normals".
         validation: so many frames, the last of the training split, are held out for model selection; 159 in SAAL.
         size: height and width to bring frames to: images by averaging, labels by the nearest pixel; None: as they are,
             but (288, 384), MTAN's, for the official file.
-        primary, seed, normals_loss, noise, cache, device: see `adapter.read_dense`.
 
     Raises:
         DataError: for a root that holds none of the layouts, normals asked of the official file, or, all at once and

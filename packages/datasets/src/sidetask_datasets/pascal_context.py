@@ -114,13 +114,14 @@ def pascal_context(  # noqa: D417 -- what all adapters take is described in one 
     whose neighbour to the right or below is of another of the 459 classes (the literature thins the Laplacian of these,
     at most a pixel off). Training images are scaled, cropped and flipped.
 
+    `primary`, `seed`, `normals_loss`, `noise`, `cache` and `device` are those of `adapter.read_dense`.
+
     Args:
         root: the folder.
         tasks: among "segmentation" (21 classes), "human_parts" (7), "normals", "saliency" and "edges".
         size: height and width of the frame; 512×512 holds every picture as it is.
         validation: so many ids, the last of train.txt (4998), are held out for model selection; val.txt (5105) is the
             test split.
-        primary, seed, normals_loss, noise, cache, device: see `adapter.read_dense`.
 
     Raises:
         DataError: beginning with the path of the file at fault: one that is missing, damaged or of another size than

@@ -107,6 +107,8 @@ def virtual_kitti(  # noqa: D417 -- what all adapters take is described in one p
     validation. Frames that follow each other are nearly alike and fall into different splits, so that figures say
     little about streets never seen. Training frames are scaled, cropped and flipped.
 
+    `primary`, `noise`, `cache` and `device` are those of `adapter.read_dense`.
+
     Args:
         root: the folder; which version it is, the tree says.
         tasks: among "segmentation" and "inverse_depth".
@@ -115,7 +117,6 @@ def virtual_kitti(  # noqa: D417 -- what all adapters take is described in one p
         variations: of weather, light and direction.
         camera: 0 or 1, of version 2, which has two; version 1.3.1 has camera 0.
         seed: of the shuffle, and of `noise`. Another seed is decoded anew.
-        primary, noise, cache, device: see `adapter.read_dense`.
 
     Raises:
         DataError: beginning with the path of the file at fault: a picture or encoding that is missing, surplus or

@@ -138,8 +138,8 @@ class ImpartialEncoder(Weighting):
         weights = torch.where(labelled & (labelled & primaries).any(), weights, 0.0)
         if self.align:
             norms = signals.norms("features").to(torch.float64)
-            # A primary's gradient may be any number of times as long, and a weight has to stay a number, also where both
-            # lengths are beyond what squares of their precision can say.
+            # A primary's gradient may be any number of times as long, and a weight has to stay a number, even where the
+            # squares of both lengths are beyond their precision.
             most = torch.finfo(signals.losses.dtype).max
             ratio = (self._primary_norm(signals) / norms).nan_to_num(nan=0.0, posinf=most).clamp(max=most)
             weights = torch.where(norms > 0, (weights * ratio).clamp(max=most), 0.0)

@@ -7,6 +7,7 @@ import functools
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,13 @@ def in_two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]
 
     Function and arguments have to be importable by name.
     """
-    pool = _pair()
-    futures = [pool.submit(_ranked, function, arguments) for _ in range(2)]
+    try:
+        pool = _pair()
+        futures = [pool.submit(_ranked, function, arguments) for _ in range(2)]
+    except BrokenProcessPool:  # someone has killed one of them meanwhile
+        _pair.cache_clear()
+        pool = _pair()
+        futures = [pool.submit(_ranked, function, arguments) for _ in range(2)]
     done, _ = wait(futures, timeout=300, return_when=FIRST_EXCEPTION)
     if len(done) == 2 and not any(future.exception() for future in done):
         return [future.result() for future in futures]

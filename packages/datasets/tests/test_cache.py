@@ -106,6 +106,14 @@ def test_a_changed_file_is_decoded_anew_and_the_old_arrays_go(folder):
     assert len(files(cache)) == len(before) == 4
 
 
+def test_a_file_whose_time_of_change_was_set_back_is_decoded_anew(folder):
+    prepare(make(folder))
+    before = (folder / "a3").stat()
+    (folder / "a3").write_text("7")
+    os.utime(folder / "a3", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert prepare(make(folder)).arrays["train"]["a"][3, 0] == 7
+
+
 @pytest.mark.parametrize("options", [{"settings": {"size": 3}}, {"version": 2}])
 def test_other_rules_are_another_cache(folder, options):
     prepare(make(folder))
@@ -228,6 +236,27 @@ def test_a_wrong_shape_is_named(folder):
     wrong = Source("numbers", folder, {"a": Field("vector", (2,), "float32", read_wrongly)}, rows)
     with pytest.raises(DataErrors, match=r"a0: expected shape \[2\], found \[3\]"):
         prepare(wrong)
+
+
+@pytest.mark.parametrize("jobs", [1, None])
+def test_what_is_damaged_is_listed_beside_what_is_missing(folder, own_cache, jobs):
+    source = make(folder, problems=["x: no such file"])
+    (folder / "a3").unlink()
+    for name in ("b3", "b4", "a69"):
+        (folder / name).write_text("oops")
+    with pytest.raises(DataErrors) as caught:
+        prepare(source, jobs=jobs)
+    # Sample 3 lacks a file, and is not read.
+    assert [problem.split(": ")[0].rsplit("/")[-1] for problem in caught.value.problems] == ["x", "a69", "b4"]
+    assert not list(own_cache.rglob("*.npy"))
+
+
+def test_an_empty_split_is_refused(folder, own_cache):
+    source = make(folder)
+    empty = Source("numbers", folder, source.fields, {**source.splits, "test": []})
+    with pytest.raises(DataErrors, match="data: the split 'test' is empty"):
+        prepare(empty)
+    assert not list(own_cache.rglob("*.npy"))
 
 
 def test_problems_of_the_tree_and_missing_files_stop_it(folder, own_cache):

@@ -144,6 +144,27 @@ def test_files_are_checked(tree):
     fails(root / "nowhere", r"nowhere: holds neither Anno/list_attr_celeba\.txt")
 
 
+def test_all_names_are_looked_for_whatever_the_share_and_surplus_files_are_named(tree):
+    root, _ = tree
+    folder = root / "Img" / "img_align_celeba"
+    source = celeba_source(root, share=0.1)
+    taken = {sample["image"][0].name for samples in source.splits.values() for sample in samples}
+    lost = next(path for path in sorted(folder.iterdir()) if path.name not in taken)
+    lost.unlink()
+    (folder / "999999.jpg").write_bytes(b"")
+    assert celeba_source(root, share=0.1).problems == [
+        f"{lost}: no such file",
+        f"{folder / '999999.jpg'}: does not belong here; no list names it",
+    ]
+
+
+def test_a_list_without_a_test_split_is_refused_when_it_is_prepared(tree):
+    path = tree[0] / "Eval" / "list_eval_partition.txt"
+    path.write_text(path.read_text().replace(" 2\n", " 1\n"))
+    with pytest.raises(DataError, match="the split 'test' is empty"):
+        prepare(celeba_source(tree[0], size=(4, 4), share=1.0))
+
+
 def test_damaged_lists_are_data_errors_whatever_the_damage(tree):
     root, _ = tree
     generator = numpy.random.default_rng(0)

@@ -1,7 +1,9 @@
 """CIFAR-100 in both of its formats, tiny, sound and hostile."""
 
 import pickle
+import struct
 import sys
+import tracemalloc
 from itertools import chain
 
 import numpy
@@ -202,13 +204,27 @@ def test_python_files_are_checked(tmp_path, data):
     fails(tmp_path, "meta: expected 'coarse_label_names', a list of names")
 
 
+@pytest.mark.parametrize("code", [pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME])
+def test_no_more_memory_is_taken_than_the_file_has(tmp_path, code):
+    path = tmp_path / "train"
+    path.write_bytes(b"\x80\x05" + code + struct.pack("<Q", 1 << 28) + b"x.")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="cannot be read as a pickle of plain data"):
+            read_pickle(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_damaged_pickle_is_a_data_error_whatever_the_damage(tmp_path):
     generator = numpy.random.default_rng(0)
     content = {b"data": numpy.zeros((4, 6), numpy.uint8), b"fine_labels": [0, 1, 2, 3], b"names": [b"a", b"b"]}
-    whole = pickle.dumps(content, 2)
+    wholes = [pickle.dumps(content, protocol) for protocol in (2, 5)]
     path = tmp_path / "train"
     errors = 0
-    for _ in range(400):
+    for number in range(400):
+        whole = wholes[number % 2]
         broken = bytearray(whole)
         for place in generator.integers(0, len(broken), generator.integers(1, 4)):
             broken[place] = generator.integers(0, 256)

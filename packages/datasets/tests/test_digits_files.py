@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy
@@ -83,8 +84,11 @@ def test_what_is_wrong_with_a_file_is_named(folder):
         (whole[:9], "does not begin as an idx file of bytes in 3 dimensions"),
         (bytes([0, 0, 13, 3]) + whole[4:], "does not begin as an idx file of bytes in 3 dimensions"),
         (b"\x80\x04." + whole, "does not begin as an idx file"),
-        (whole[:4] + struct.pack(">3I", 2**32 - 1, 28, 28) + whole[16:], r"claims shape \[4294967295, 28, 28\]"),
-        (idx(numpy.zeros((60, 20, 20), numpy.uint8)), r"expected images of 28×28 pixels, found shape \[60, 20, 20\]"),
+        (
+            whole[:4] + struct.pack(">3I", 2**32 - 1, 28, 28) + whole[16:],
+            r"N up to 100000, found \[4294967295, 28,",
+        ),
+        (idx(numpy.zeros((60, 20, 20), numpy.uint8)), r"expected shape \['N', 28, 28\].*, found \[60, 20, 20\]"),
         (idx(numpy.zeros((59, 28, 28), numpy.uint8)), "labels-idx1-ubyte: has 60 labels, .* has 59 images"),
     ):
         images.write_bytes(content)
@@ -101,7 +105,19 @@ def test_a_file_that_swells_is_read_no_further_than_it_says(tmp_path):
     path = tmp_path / "train-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(idx(numpy.zeros(5, numpy.uint8)) + bytes(50_000_000)))
     with pytest.raises(DataError, match="has more than 5 bytes of 5"):
-        read_idx(path, 1)
+        read_idx(path)
+
+
+def test_another_shape_is_refused_before_anything_is_decompressed(tmp_path):
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, 3]) + struct.pack(">3I", 40, 1024, 1024) + bytes(40 << 20), 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"found \[40, 1024, 1024\]"):
+            read_idx(path, (28, 28))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -116,7 +132,7 @@ def test_damage_is_a_data_error_whatever_it_is(tmp_path, compress):
             broken[place] = generator.integers(0, 256)
         path.write_bytes(broken[: generator.integers(1, len(broken))] if generator.random() < 0.3 else broken)
         try:
-            assert read_idx(path, 3).ndim == 3
+            assert read_idx(path, (28, 28)).ndim == 3
         except DataError:
             errors += 1
     assert errors > 50

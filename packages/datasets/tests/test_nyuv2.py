@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy.io import savemat
 from sidetask_datasets import DataError, matlab, nyuv2
+from sidetask_datasets.cache import prepare
 from sidetask_datasets.files import DataErrors
-from sidetask_datasets.nyuv2 import _read_depths
+from sidetask_datasets.nyuv2 import _read_depths, nyuv2_source
 
 from .test_frames import TEST, TRAIN, write_frame
 
@@ -117,6 +118,7 @@ HOSTILE = {
     "normal beyond double precision when squared": ("normal", bad(1e300, numpy.float64, (3,)), "one of length inf"),
     "infinite normal": ("normal", bad(numpy.inf, channels=(3,)), "not finite"),
     "long normal": ("normal", bad(2.0, channels=(3,)), "expected unit vectors, found one of length 2"),
+    "short normals": ("normal", numpy.full((*SIZE, 3), 0.03), "unit vectors, found a median length of 0.05196"),
     "class out of range": ("label", bad(13, numpy.int64), "class id 13; there are 13 classes"),
     "class below -1": ("label", bad(-2, numpy.int64), "class id -2; -1 is unlabelled"),
     "half a class": ("label", bad(1.5), "expected whole numbers, found 1.5"),
@@ -185,6 +187,31 @@ def test_every_problem_of_the_tree_is_listed_before_anything_is_decoded(arrays, 
     ):
         assert expected in text
     assert not list(own_cache.rglob("*.npy"))
+
+
+def test_a_damaged_first_image_hides_no_other_problem(arrays):
+    root, written = arrays
+    (root / "train" / "image" / "0.npy").write_bytes(b"damaged")
+    (root / "train" / "label" / "3.npy").unlink()
+    numpy.save(root / "train" / "depth" / "5.npy", -written["train", 5]["depth"] - 1)
+    with pytest.raises(DataErrors) as caught:
+        prepare(nyuv2_source(root))
+    found = [problem.removeprefix(f"{root}/").split(": ")[0] for problem in caught.value.problems]
+    assert found == ["train/label/3.npy", "train/depth/5.npy", "train/image/0.npy"]
+    for path in (root / "train" / "image", root / "val" / "image"):
+        for file in path.iterdir():
+            file.write_bytes(b"damaged")
+    with pytest.raises(DataErrors) as caught:
+        prepare(nyuv2_source(root))
+    assert len(caught.value.problems) == 1 + 11 + 3
+
+
+def test_images_without_pixels_are_refused(arrays):
+    root, _ = arrays
+    for path in root.rglob("*.npy"):
+        numpy.save(path, numpy.zeros((0, 8, 3)))
+    with pytest.raises(DataErrors, match=r"image/0\.npy: expected an array \[H, W, ...\] of some pixels"):
+        nyuv2(root, validation=2)
 
 
 @pytest.mark.filterwarnings("ignore")

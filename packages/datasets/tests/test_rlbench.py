@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from PIL import Image
 from sidetask_datasets import DataError, View, cache
 from sidetask_datasets.adapter import find_source
 from sidetask_datasets.cache import prepare
+from sidetask_datasets.files import DataErrors
 from sidetask_datasets.rlbench import TASKS, StateSplit, rlbench, rlbench_source
 
 SIZE = (6, 8)
@@ -184,6 +186,23 @@ def test_a_pickle_is_refused_with_what_to_do(tree):
     assert not sprung.exists()
 
 
+def test_damaged_pictures_are_listed_beside_missing_and_surplus_files(tree):
+    root, _ = tree
+    (root / "reach_target" / "episode0" / "front_rgb" / "2.png").unlink()
+    (root / "reach_target" / "episode0" / "front_rgb" / "0.png").write_bytes(b"damaged")
+    (root / "reach_target" / "episode1" / "state.npy").write_bytes(b"damaged")
+    shutil.rmtree(root / "push_button")
+    with pytest.raises(DataErrors) as caught:
+        prepare(rlbench_source(root, **OPTIONS))
+    found = [problem.removeprefix(f"{root}/").split(": ")[0] for problem in caught.value.problems]
+    assert found == [
+        "push_button",
+        "reach_target/episode0/front_rgb/2.png",
+        "reach_target/episode1/state.npy",
+        "reach_target/episode0/front_rgb/0.png",
+    ]
+
+
 def test_what_is_wrong_with_an_episode_is_named(tree):
     root, truth = tree
     folder = root / "reach_target" / "episode0"
@@ -224,7 +243,7 @@ def test_damaged_arrays_are_data_errors_whatever_the_damage(tree):
             broken[place] = generator.integers(0, 256)
         path.write_bytes(broken)
         try:
-            rlbench_source(root, ["push_button"], size=None)
+            errors += bool(rlbench_source(root, ["push_button"], size=None).problems)
         except DataError:
             errors += 1
     assert errors > 30

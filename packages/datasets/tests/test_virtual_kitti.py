@@ -152,15 +152,18 @@ def fails(root, message, **options):
 def test_missing_and_surplus_files_are_named(first):
     (first / "vkitti_1.3.1_depthgt/0001/fog/00003.png").unlink()
     write(first / "vkitti_1.3.1_scenegt/0002/clone/00077.png", numpy.zeros((*SIZE, 3), numpy.uint8))
-    fails(
-        first,
-        r"depthgt/0001/fog: has no frame 00003 \(and 1 more problems\)\n"
-        r".*scenegt/0002/clone/00077\.png: there is no image of this frame",
-    )
+    write(first / "vkitti_1.3.1_rgb/0002/clone/00000.jpg", numpy.zeros((*SIZE, 3), numpy.uint8))
+    problems = virtual_kitti_source(first).problems
+    assert [problem.removeprefix(str(first)) for problem in problems] == [
+        "/vkitti_1.3.1_depthgt/0001/fog/00003.png: no such file",
+        "/vkitti_1.3.1_rgb/0002/clone/00000.jpg: does not belong here; files are ID.png",
+        "/vkitti_1.3.1_rgb/0002/clone/00077.png: no such file",
+        "/vkitti_1.3.1_depthgt/0002/clone/00077.png: no such file",
+    ]
     (first / "vkitti_1.3.1_scenegt/0001_fog_scenegt_rgb_encoding.txt").unlink()
     fails(first, r"0001_fog_scenegt_rgb_encoding\.txt: cannot be read as text: .*No such file")
     shutil.rmtree(first / "vkitti_1.3.1_depthgt/0001/fog")
-    fails(first, r"depthgt/0001/fog: No such file", tasks=["inverse_depth"])
+    fails(first, r"depthgt/0001/fog: cannot be read as a folder: No such file", tasks=["inverse_depth"])
     write_second(first)
     fails(first, "holds version 1.3.1 and version 2")
     fails(first / "nowhere", "nowhere: holds neither")

@@ -113,15 +113,11 @@ def read_splits(
 
     Raises:
         DataErrors: see `cache.prepare`.
-        DataError: naming an empty split.
     """
     if parts is None:
         parts = {name: (name, slice(None)) for name in source.splits}
     if source.problems:
         raise DataErrors(source.problems)
-    for name, (pool, rows) in parts.items():
-        if not source.splits[pool][rows]:
-            raise DataError(f"{source.root}: the split {name!r} is empty")
     arrays = prepare(source, cache).arrays
     splits = {}
     for name, (pool, rows) in parts.items():
@@ -152,7 +148,6 @@ def read_dataset(
 
     Raises:
         DataErrors: see `cache.prepare`.
-        DataError: naming an empty split.
     """
     image = source.fields["image"]
     splits = read_splits(source, parts, augmentation=augmentation, cache=cache)
@@ -201,7 +196,7 @@ def read_dense(
 
     Raises:
         DataErrors: see `cache.prepare`.
-        DataError: naming an empty split, or if nothing is left to train on.
+        DataError: if nothing is left to train on.
         ValueError: for an unknown task or loss, or a switch that is neither true nor false.
     """
     if validation is not None:

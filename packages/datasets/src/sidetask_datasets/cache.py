@@ -9,11 +9,11 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from sidetask_datasets.files import DataError, DataErrors, open_array
-from sidetask_datasets.source import Field, Source
+from sidetask_datasets.files import DataError, DataErrors, missing, open_array
+from sidetask_datasets.source import Field, Item, Source
 
 _FORMAT = 1
 _CHUNK = 32  # samples that one process decodes before it reports; what a kill may lose
 _INDEX, _DONE = "index.json", "done.jsonl"
 _ROOM = "SIDETASK_CACHE"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,21 +73,25 @@ def prepare(
         progress: show a bar while decoding, if standard error is a terminal.
 
     Raises:
-        DataErrors: naming every file that something is wrong with. What could be decoded is kept aside, so that the
+        DataErrors: naming every file that something is wrong with, or the splits that are empty.
+            What could be decoded is kept aside, so that the
             same call, after these files are mended, decodes only what is missing, as it does after a kill.
         OSError: if the cache cannot be written.
     """
     if source.problems:
-        raise DataErrors(source.problems)
+        raise DataErrors([*source.problems, *sorted(_damage(source, jobs, progress) - set(source.problems))])
+    empty = [f"{source.root}: the split {split!r} is empty" for split, samples in source.splits.items() if not samples]
+    if empty:
+        raise DataErrors(empty)
     place = cache_folder(folder) / source.name
     place.mkdir(parents=True, exist_ok=True)
     root = str(source.root.resolve())
     with FileLock(place / f"{_digest(root)[:16]}.lock"):
         units = {name: _unit(source.only(name), place, name, root) for name in source.fields}
         found = {name: _opened(unit) for name, unit in units.items()}
-        missing = [units[name] for name, arrays in found.items() if arrays is None]
-        _build(source.name, missing, jobs, progress)
-        for unit in missing:
+        lacking = [units[name] for name, arrays in found.items() if arrays is None]
+        _build(source.name, lacking, jobs, progress)
+        for unit in lacking:
             found[unit.name] = _opened(unit)
             if found[unit.name] is None:
                 raise DataError(f"{unit.final}: was written and cannot be read back")
@@ -116,12 +121,16 @@ class _Unit:
 def _unit(source: Source, place: Path, name: str, root: str) -> _Unit:
     chunks = {}
     for split, samples in source.splits.items():
-        for start in range(0, len(samples), _CHUNK):
-            stop = min(start + _CHUNK, len(samples))
-            chunks[f"{split} {start} {stop}"] = source.fingerprint(split, start, stop)
+        for chunk in _chunks(split, len(samples)):
+            _, start, stop = chunk.split()
+            chunks[chunk] = source.fingerprint(split, int(start), int(stop))
     # Apart from the files' state, so that what an older state of them left can be found and taken away.
     stem = f"{name}-{_digest(source.layout, root)[:16]}"
     return _Unit(name, source, chunks, place / f"{stem}.part", place / f"{stem}-{_digest(chunks)[:16]}")
+
+
+def _chunks(split: str, count: int) -> list[str]:
+    return [f"{split} {start} {min(start + _CHUNK, count)}" for start in range(0, count, _CHUNK)]
 
 
 def _opened(unit: _Unit) -> dict[str, Tensor] | None:
@@ -153,16 +162,16 @@ def _mapped(path: Path, field: Field, count: int) -> NDArray[Any] | None:
 
 def _build(title: str, units: Sequence[_Unit], jobs: int | None, progress: bool) -> None:
     """Decode what is missing in each unit's folder `part`, which becomes `final` when it is whole."""
-    missing = []
+    todo = []
     for unit in units:
         there = _started(unit)
-        missing += [(unit, chunk) for chunk in unit.chunks if chunk not in there]
+        todo += [(unit, chunk) for chunk in unit.chunks if chunk not in there]
     total = sum(_length(chunk) for unit in units for chunk in unit.chunks)
-    done = total - sum(_length(chunk) for _, chunk in missing)
+    done = total - sum(_length(chunk) for _, chunk in todo)
     problems: list[str] = []
     off = None if progress and total else True  # None: where standard error is no terminal
     with tqdm(total=total, initial=done, desc=title, unit="file", disable=off) as bar:
-        for unit, chunk, wrong, checksum in _decode_all(missing, jobs):
+        for unit, chunk, (wrong, checksum) in _work(_decode, todo, jobs):
             if wrong:
                 problems += wrong
             else:
@@ -234,11 +243,13 @@ def _length(chunk: str) -> int:
     return int(stop) - int(start)
 
 
-def _decode_all(missing: list[tuple[_Unit, str]], jobs: int | None) -> Iterator[tuple[_Unit, str, list[str], int]]:
-    """Each chunk, when it is in its array, with what was wrong in it and the checksum of its rows."""
+def _work(
+    do: Callable[[_Unit, str], T], chunks: list[tuple[_Unit, str]], jobs: int | None
+) -> Iterator[tuple[_Unit, str, T]]:
+    """Each chunk, when it is done, with what that gave."""
     if jobs == 1:
-        for unit, chunk in missing:
-            yield unit, chunk, *_decode(_only(unit, chunk), chunk)
+        for unit, chunk in chunks:
+            yield unit, chunk, do(_only(unit, chunk), chunk)
         return
     pool: Executor
     if jobs is None:
@@ -246,10 +257,10 @@ def _decode_all(missing: list[tuple[_Unit, str]], jobs: int | None) -> Iterator[
     else:
         pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     with pool:
-        futures = {pool.submit(_decode, _only(unit, chunk), chunk): (unit, chunk) for unit, chunk in missing}
+        futures = {pool.submit(do, _only(unit, chunk), chunk): (unit, chunk) for unit, chunk in chunks}
         try:
             for future in as_completed(futures):
-                yield *futures[future], *future.result()
+                yield *futures[future], future.result()
         finally:
             for future in futures:
                 future.cancel()
@@ -265,9 +276,27 @@ def _only(unit: _Unit, chunk: str) -> _Unit:
 def _decode(unit: _Unit, chunk: str) -> tuple[list[str], int]:
     """Read the samples of a chunk into their array; what is wrong with them, and the checksum of the rows."""
     split, start, stop = chunk.split()
-    field, problems = unit.field, []
+    problems = []
     array = open_array(unit.path(unit.part, split), "r+")
-    for index, sample in enumerate(unit.source.splits[split], start=int(start)):
+    for index, value in enumerate(_values(unit, split), start=int(start)):
+        if isinstance(value, str):
+            problems.append(value)
+        else:
+            array[index] = value
+    if isinstance(array, numpy.memmap):
+        array.flush()
+    return problems, _row_checksum(array[int(start) : int(stop)])
+
+
+def _inspect(unit: _Unit, chunk: str) -> list[str]:
+    """Read the samples of a chunk for nothing but what is wrong with them."""
+    return [value for value in _values(unit, chunk.split(maxsplit=1)[0]) if isinstance(value, str)]
+
+
+def _values(unit: _Unit, split: str) -> Iterator[NDArray[Any] | str]:
+    """What is stored of each sample, or what is wrong with it."""
+    field = unit.field
+    for sample in unit.source.splits[split]:
         path = sample[unit.name][0]
         try:
             value = field.read(*sample[unit.name])
@@ -275,14 +304,29 @@ def _decode(unit: _Unit, chunk: str) -> tuple[list[str], int]:
                 raise DataError(f"{path}: expected shape {list(field.shape)}, found {list(value.shape)}")
             if value.dtype != numpy.dtype(field.dtype):
                 raise TypeError(f"{path}: the reader of {unit.name!r} gave {value.dtype}, not {field.dtype}")
-            array[index] = value
+            yield value
         except DataError as error:
-            problems.append(str(error))
+            yield str(error)
         except (OSError, ValueError, OverflowError, MemoryError, EOFError, SyntaxError) as error:
-            problems.append(f"{path}: cannot be read: {type(error).__name__}: {error}")
-    if isinstance(array, numpy.memmap):
-        array.flush()
-    return problems, _row_checksum(array[int(start) : int(stop)])
+            yield f"{path}: cannot be read: {type(error).__name__}: {error}"
+
+
+def _damage(source: Source, jobs: int | None, progress: bool) -> set[str]:
+    """What is wrong with the samples that have all their files, in a tree where others have not."""
+    whole = {split: [sample for sample in samples if _is_whole(sample)] for split, samples in source.splits.items()}
+    units = [_Unit(name, replace(source.only(name), splits=whole), {}, Path(), Path()) for name in source.fields]
+    chunks = [(unit, chunk) for unit in units for split in whole for chunk in _chunks(split, len(whole[split]))]
+    problems: set[str] = set()
+    off = None if progress and chunks else True
+    with tqdm(total=sum(_length(chunk) for _, chunk in chunks), desc=source.name, unit="file", disable=off) as bar:
+        for _, chunk, wrong in _work(_inspect, chunks, jobs):
+            problems.update(wrong)
+            bar.update(_length(chunk))
+    return problems
+
+
+def _is_whole(sample: Mapping[str, Item]) -> bool:
+    return not missing(part for item in sample.values() for part in item if isinstance(part, Path))
 
 
 def _create(path: Path, field: Field, count: int) -> None:

@@ -24,7 +24,7 @@ from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.adapter import MEAN, STD, Folder, Target, read_dataset
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_seed, check_size, check_switches, choose, choose_primary
-from sidetask_datasets.files import DataError, is_file, is_folder, missing, read_picture
+from sidetask_datasets.files import DataError, is_file, is_folder, listed, missing, read_picture
 from sidetask_datasets.source import Field, Source
 from sidetask_datasets.view import View
 
@@ -147,12 +147,15 @@ def _find(root: Folder, size: Sequence[int] | None, share: float) -> tuple[Sourc
     attributes, partition, folder = _layout(root)
     labels = _labels(attributes)
     lists = _partition(partition)
-    listed = {name for names in lists.values() for name in names}
-    problems = [f"{attributes}: has no line for {name}" for name in sorted(listed - labels.keys())]
-    problems += [f"{partition}: has no line for {name}" for name in sorted(labels.keys() - listed)]
+    named = {name for names in lists.values() for name in names}
+    problems = [f"{attributes}: has no line for {name}" for name in sorted(named - labels.keys())]
+    problems += [f"{partition}: has no line for {name}" for name in sorted(labels.keys() - named)]
     for split in ("train", "validation"):
         lists[split] = _evenly(lists[split], share)
-    problems += missing(folder / name for split in lists.values() for name in split)
+    there = set(listed(folder))
+    problems += [f"{folder / name}: no such file" for name in sorted(named - there)]
+    problems += [f"{folder / name}: does not belong here; no list names it" for name in sorted(there - named)]
+    problems += missing(folder / name for split in lists.values() for name in split if name in there)
     source = Source(
         name="celeba",
         root=root,

@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ClassVar
 
 import numpy
 import torch
@@ -266,6 +266,11 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
     # Python's own implementation: the other one reserves memory for whatever number a file makes up.
     class Reader(pickle._Unpickler):
+        # Arrays of bytes that may be written to, which take up what they say they are before it is there.
+        dispatch: ClassVar[dict[int, Any]] = {
+            key: load for key, load in pickle._Unpickler.dispatch.items() if key != pickle.BYTEARRAY8[0]
+        }
+
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) not in known:
                 raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -273,7 +278,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
     try:
         with path.open("rb") as file:
-            found = Reader(file, encoding="bytes").load()
+            found = Reader(_Bounded(file, path.stat().st_size), encoding="bytes").load()
     except Exception as error:
         # A damaged pickle can end in any exception whatever.
         raise DataError(f"{path}: cannot be read as a pickle of plain data: {type(error).__name__}: {error}") from error
@@ -284,6 +289,19 @@ def read_pickle(path: Path) -> dict[str, Any]:
         name = key.decode("utf-8", "replace") if isinstance(key, bytes) else key
         made[str(name)] = value.array(path, str(name)) if isinstance(value, known["numpy", "ndarray"]) else value
     return made
+
+
+class _Bounded:
+    """A file of which no more is read at a time than it has: memory is reserved before that shows."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.readline = file.readline
+        self._read, self._size = file.read, size
+
+    def read(self, count: int) -> bytes:
+        if count > self._size:
+            raise pickle.UnpicklingError(f"it claims {count} bytes, and has {self._size}")
+        return self._read(count)
 
 
 def _stand_ins() -> dict[tuple[str, str], Any]:

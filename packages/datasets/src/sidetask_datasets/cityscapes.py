@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from sidetask_datasets import mtan
 from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
 from sidetask_datasets.dataset import Dataset, check_size, choose
-from sidetask_datasets.files import DataError, is_folder, listed, paired, picture_size, read_picture
+from sidetask_datasets.files import DataError, first_size, is_folder, listed, paired, picture_size, read_picture
 from sidetask_datasets.source import Field, Item, Source
 
 TASKS = ("segmentation", "part_segmentation", "disparity")
@@ -231,11 +231,8 @@ def _rows(columns: Mapping[str, Sequence[Item]]) -> list[dict[str, Item]]:
 def _shape(
     splits: Mapping[str, Sequence[Mapping[str, Item]]], problems: Sequence[str], measure: Any
 ) -> tuple[int, int]:
-    """The size of the first image; whatever it is if there are problems, for then nothing is read."""
-    if problems or not splits["train"]:
-        return (0, 0)
-    found: tuple[int, int] = measure(splits["train"][0]["image"][0])
-    return found
+    """The size of the first image that can be read."""
+    return first_size([row["image"][0] for rows in splits.values() for row in rows], measure, problems)
 
 
 def _fields(shape: tuple[int, int], size: tuple[int, int] | None) -> dict[str, Field]:

@@ -63,7 +63,7 @@ SIZE, TILE, SCAN, SHIFT = 36, 28, 20, 4
 # Mean and standard deviation of the pixels: of the default training split of the scans; of single images of the others.
 STATISTICS = {"scans": (0.16, 0.31), "mnist": (0.1307, 0.3081), "fashion": (0.2860, 0.3530)}
 _FOLDERS = {"mnist": "MNIST", "fashion": "FashionMNIST"}
-_MOST = 1_000_000  # images in a file; a header can claim any number
+_MOST = 100_000  # images in a file; a header can claim any number
 
 
 def digits(
@@ -166,9 +166,7 @@ def _file_pools(source: str, root: Path, download: bool, seed: int) -> _Pools:
     found = {}
     for name in ("train", "t10k"):
         images, labels = _idx_path(folder, f"{name}-images-idx3"), _idx_path(folder, f"{name}-labels-idx1")
-        tiles, ids = read_idx(images, 3), read_idx(labels, 1)
-        if tiles.shape[1:] != (TILE, TILE) or not len(tiles):
-            raise DataError(f"{images}: expected images of {TILE}×{TILE} pixels, found shape {list(tiles.shape)}")
+        tiles, ids = read_idx(images, (TILE, TILE)), read_idx(labels)
         if len(ids) != len(tiles):
             raise DataError(f"{labels}: has {len(ids)} labels, {images.name} has {len(tiles)} images")
         if ids.max() > 9:
@@ -195,21 +193,23 @@ def _idx_path(folder: Path, stem: str) -> Path:
     return plain if is_file(plain) else folder / f"{stem}-ubyte.gz"
 
 
-def read_idx(path: Path, ndim: int) -> Tensor:
-    """The bytes of an idx file, of so many dimensions; one whose name ends in .gz is decompressed.
+def read_idx(path: Path, shape: tuple[int, ...] = ()) -> Tensor:
+    """The bytes of an idx file ``[N, *shape]``; one whose name ends in .gz is decompressed.
 
     Raises:
-        DataError: if it cannot be read, holds another type or number of dimensions, or not as many bytes as it says.
+        DataError: if it cannot be read, holds another type or shape, nothing at all, or not as many bytes as it says.
     """
+    ndim = 1 + len(shape)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             head = file.read(4 + 4 * ndim)
             if len(head) < 4 + 4 * ndim or head[:4] != bytes([0, 0, 8, ndim]):
                 raise DataError(f"{path}: does not begin as an idx file of bytes in {ndim} dimensions")
-            shape = struct.unpack(f">{ndim}I", head[4:])
-            if shape[0] > _MOST or max(shape[1:], default=0) > 1024:
-                raise DataError(f"{path}: claims shape {list(shape)}")
-            size = int(numpy.prod(shape))
+            # Before any of it is decompressed: few bytes can stand for many.
+            found = struct.unpack(f">{ndim}I", head[4:])
+            if not 0 < found[0] <= _MOST or found[1:] != shape:
+                raise DataError(f"{path}: expected shape {['N', *shape]}, N up to {_MOST}, found {list(found)}")
+            size = int(numpy.prod(found))
             content = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
@@ -217,7 +217,7 @@ def read_idx(path: Path, ndim: int) -> Tensor:
         raise DataError(
             f"{path}: has {'more than ' if len(content) > size else ''}{min(len(content), size)} bytes of {size}"
         )
-    return torch.from_numpy(numpy.frombuffer(bytearray(content), numpy.uint8)).view(shape)
+    return torch.from_numpy(numpy.frombuffer(bytearray(content), numpy.uint8)).view(found)
 
 
 def _scans() -> tuple[Tensor, Tensor]:

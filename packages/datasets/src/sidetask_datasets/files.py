@@ -7,7 +7,7 @@ import re
 import stat
 import threading
 import tokenize
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from PIL import Image
 _HEADERS = threading.Lock()
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _LONGEST = 200  # file systems end names at 255 bytes, and an ending follows
+_PIXELS_PER_BYTE = 10_000  # deflate makes 1032 bytes of one, and a byte holds eight pixels of two colours
 _MODES = {
     "colour": ("RGB",),
     "vectors": ("RGB",),
@@ -175,6 +176,7 @@ def read_picture(
     formats = (_FORMATS.get(path.suffix.lower(), "JPEG"),)
     try:
         with Image.open(path, formats=formats) as picture:
+            _check_claim(path, picture)
             if picture.mode not in _MODES[kind]:
                 raise DataError(f"{path}: expected {_WANTED[kind]} pixels, found mode {picture.mode!r}")
             if original is not None and picture.size != original[::-1]:
@@ -293,6 +295,33 @@ def paired(folders: Mapping[str, Path], patterns: Mapping[str, str]) -> tuple[li
     return sorted(both, key=lambda id_: (0, int(id_), id_) if id_.isdecimal() else (1, 0, id_)), problems
 
 
+def first_size(
+    paths: Iterable[Path], measure: Callable[[Path], tuple[int, int]], problems: Sequence[str] = ()
+) -> tuple[int, int]:
+    """Height and width of the first picture that can be read, 0×0 if there is none.
+
+    What is wrong with those before it shows when they are decoded, as it does with the others.
+
+    Args:
+        paths: of pictures; those that are not there are passed over.
+        measure: height and width of one.
+        problems: what is wrong beside.
+
+    Raises:
+        DataErrors: if there are some and none can be read: what is wrong with each, after `problems`.
+    """
+    damaged = []
+    for path in paths:
+        if not missing([path]):
+            try:
+                return measure(path)
+            except DataError as error:
+                damaged.append(str(error))
+    if damaged:
+        raise DataErrors([*problems, *damaged])
+    return 0, 0
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """Height and width of a picture, from its header.
 
@@ -301,6 +330,16 @@ def picture_size(path: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as picture:
+            _check_claim(path, picture)
             return picture.height, picture.width
+    except DataError:
+        raise
     except (*_BROKEN, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be decoded: {error}") from error
+
+
+def _check_claim(path: Path, picture: Image.Image) -> None:
+    """Refuse, before memory is taken and time is spent, a size that so few bytes cannot hold."""
+    size = path.stat().st_size
+    if not 0 < picture.height * picture.width <= _PIXELS_PER_BYTE * size:
+        raise DataError(f"{path}: claims {picture.height}×{picture.width} pixels in {size} bytes")

@@ -27,6 +27,7 @@ from sidetask_datasets.files import (
     DataError,
     check_apart,
     check_ids,
+    first_size,
     is_folder,
     missing,
     picture_size,
@@ -125,7 +126,8 @@ def frames_source(
             splits[split].append({name: (path, image) for name, path in {"image": image, **paths}.items()})
     everything = [path for samples in splits.values() for sample in samples for path, _ in sample.values()]
     problems = missing(everything)
-    shape = (0, 0) if problems else wanted or picture_size(splits["train"][0]["image"][0])
+    images = [sample["image"][0] for samples in splits.values() for sample in samples]
+    shape = wanted or first_size(images, picture_size, problems)
     # If they are resized, frames may differ in size, but never the pictures of one frame.
     options: dict[str, Any] = {"shape": shape, "resize": wanted is not None}
     fields = {

@@ -31,11 +31,11 @@ def shape_of(path: Path) -> Size:
     """Height and width of an array ``[H, W, ...]``.
 
     Raises:
-        DataError: if it has less than two dimensions.
+        DataError: if it has less than two dimensions, or no pixels.
     """
     shape = read_array(path).shape
-    if len(shape) < 2:
-        raise DataError(f"{path}: expected an array [H, W, ...], found {list(shape)}")
+    if len(shape) < 2 or 0 in shape:
+        raise DataError(f"{path}: expected an array [H, W, ...] of some pixels, found {list(shape)}")
     return shape[0], shape[1]
 
 
@@ -77,9 +77,13 @@ def read_normals(path: Path, *, shape: Size, resize: Size | None = None) -> NDAr
     """Unit vectors, ``[3, H, W]`` int16, of length 32767; 0 unlabelled."""
     values = _checked(path, shape, (3,)).astype(numpy.float64)
     with numpy.errstate(over="ignore"):
-        longest = numpy.sqrt((values**2).sum(axis=-1).max(initial=0.0))
-    if longest > 1.05:
-        raise DataError(f"{path}: expected unit vectors, found one of length {longest:.4g}")
+        lengths = numpy.sqrt((values**2).sum(axis=-1))
+    if lengths.max() > 1.05:
+        raise DataError(f"{path}: expected unit vectors, found one of length {lengths.max():.4g}")
+    # Single ones may be shorter, where vectors of two surfaces were averaged.
+    usual = numpy.median(lengths[lengths > 0]) if lengths.any() else 1.0
+    if usual < 0.95:
+        raise DataError(f"{path}: expected unit vectors, found a median length of {usual:.4g}")
     vectors = (values * 32767.0).round().clip(-32767, 32767).astype(numpy.int16)
     return nearest(vectors, resize or shape).transpose(2, 0, 1)
 
@@ -94,6 +98,8 @@ def _checked(path: Path, shape: Size, channels: tuple[int, ...]) -> NDArray[Any]
     if values.shape != (*shape, *channels):
         raise DataError(f"{path}: expected shape {[*shape, *channels]}, found {list(values.shape)}")
     values = numpy.asarray(values)
+    if not values.size:
+        raise DataError(f"{path}: has no pixels")
     if values.dtype.kind == "f" and not numpy.isfinite(values).all():
         raise DataError(f"{path}: holds values that are not finite")
     return values

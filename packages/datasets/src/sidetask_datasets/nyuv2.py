@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from sidetask_datasets import matlab, mtan
 from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
 from sidetask_datasets.dataset import Dataset, check_size, choose
-from sidetask_datasets.files import DataError, averaged, is_file, is_folder, nearest, single
+from sidetask_datasets.files import DataError, averaged, first_size, is_file, is_folder, nearest, single
 from sidetask_datasets.frames import LIMITS, NYUV2_CLASSES, TASKS, frames_source
 from sidetask_datasets.source import Field, Source
 
@@ -111,7 +111,8 @@ def _arrays(root: Path, names: Sequence[str], size: tuple[int, int] | None, test
         problems += wrong
         if not splits[split] and not wrong:
             problems.append(f"{root / folder}: holds no sample")
-    shape = (0, 0) if problems else mtan.shape_of(splits["train"][0]["image"][0])
+    images = [sample["image"][0] for samples in splits.values() for sample in samples]
+    shape = first_size(images, mtan.shape_of, problems)
     options: dict[str, Any] = {"shape": shape, "resize": size}
     stored = size or shape
     fields = {

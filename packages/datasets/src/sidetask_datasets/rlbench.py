@@ -32,7 +32,7 @@ from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_seed, check_size, check_switches, choose, choose_primary
 from sidetask_datasets.files import (
     DataError,
-    DataErrors,
+    first_size,
     is_file,
     is_folder,
     listed,
@@ -183,6 +183,7 @@ class StateSplit(DerivedSplit):
 class _Episode:
     """One demonstration: the pictures of each frame, and what belongs to them, ``[n, S]`` and ``[n, A]``."""
 
+    folder: Path
     task: str
     split: str
     pictures: list[tuple[Path, ...]]
@@ -193,11 +194,7 @@ class _Episode:
 def _find(
     root: Folder, tasks: Sequence[str], cameras: Sequence[str], size: Sequence[int] | None, every: int, seed: int
 ) -> tuple[Source, list[_Episode]]:
-    """The files, and what the arrays among them hold.
-
-    Raises:
-        DataErrors: for whatever is wrong with arrays, or if a picture is missing or surplus.
-    """
+    """The files, and what the arrays among them hold."""
     cameras = choose("camera", cameras, CAMERAS)
     wanted = check_size(size)
     check_seed(seed)
@@ -210,28 +207,31 @@ def _find(
     for task in names:
         if not _TASK.fullmatch(task):
             raise ValueError(f"a task is the name of a folder: letters, digits, '_' and '-', found {task!r}")
-        folders = _episode_folders(root / task)
+        try:
+            folders = _episode_folders(root / task)
+        except DataError as error:
+            problems.append(str(error))
+            continue
         order = draws.permutation(draws.key(seed, "rlbench", task), len(folders)).tolist()
         tenth = max(len(folders) // 10, 1)
         splits_of = {index: place // tenth for place, index in enumerate(order)}
         for index, folder in enumerate(folders):
             split = {0: "test", 1: "validation"}.get(splits_of[index], "train")
             try:
-                episodes.append(_read_episode(folder, task, split, cameras, every))
-            except DataErrors as error:
-                problems += error.problems
+                episode, wrong = _read_episode(folder, task, split, cameras, every)
+                episodes.append(episode)
+                problems += wrong
             except DataError as error:
                 problems.append(str(error))
     for what in ("state", "action"):
         widths: dict[int, Path] = {}
         for episode in episodes:
-            widths.setdefault(getattr(episode, what).shape[1], episode.pictures[0][0].parent.parent / f"{what}.npy")
+            widths.setdefault(getattr(episode, what).shape[1], episode.folder / f"{what}.npy")
         if len(widths) > 1:
             (width, path), (other, first) = list(widths.items())[1], next(iter(widths.items()))
             problems.append(f"{path}: has {width} numbers a step, {first} has {other}")
-    if problems:
-        raise DataErrors(sorted(problems))
-    shape = wanted or picture_size(episodes[0].pictures[0][0])
+    images = (path for episode in episodes for pictures in episode.pictures for path in pictures)
+    shape = wanted or first_size(images, picture_size, problems)
     splits: dict[str, list[dict[str, Item]]] = {f"{task}-{split}": [] for split in _SPLITS for task in names}
     for episode in episodes:
         splits[f"{episode.task}-{episode.split}"] += [{"image": pictures} for pictures in episode.pictures]
@@ -239,7 +239,7 @@ def _find(
     count = len(cameras)
     field = Field("image", (3 * count, *shape), "uint8", reader, MEAN * count, STD * count)
     settings = {"size": wanted, "cameras": list(cameras)}
-    return Source("rlbench", root, {"image": field}, splits, settings), episodes
+    return Source("rlbench", root, {"image": field}, splits, settings, problems=sorted(problems)), episodes
 
 
 def read_pictures(*paths: Path, shape: tuple[int, int], resize: bool) -> NDArray[Any]:
@@ -266,7 +266,10 @@ def _episode_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.parent, int(path.name.removeprefix("episode"))))
 
 
-def _read_episode(folder: Path, task: str, split: str, cameras: Sequence[str], every: int) -> _Episode:
+def _read_episode(
+    folder: Path, task: str, split: str, cameras: Sequence[str], every: int
+) -> tuple[_Episode, list[str]]:
+    """An episode, and which of its pictures are missing or surplus."""
     pickled = folder / "low_dim_obs.pkl"
     if is_file(pickled) and not is_file(folder / "state.npy"):
         raise DataError(
@@ -284,16 +287,15 @@ def _read_episode(folder: Path, task: str, split: str, cameras: Sequence[str], e
         there = {name for name in listed(place) if name.endswith(".png")} if is_folder(place) else set()
         surplus = there - {f"{step}.png" for step in range(steps)}
         problems += [f"{place / name}: state.npy has no such step" for name in sorted(surplus)]
-    if problems:
-        raise DataErrors(problems)
-    rows = range(0, steps, every)
-    return _Episode(
+    episode = _Episode(
+        folder,
         task,
         split,
-        [tuple(folder / f"{camera}_rgb" / f"{step}.png" for camera in cameras) for step in rows],
+        [tuple(folder / f"{camera}_rgb" / f"{step}.png" for camera in cameras) for step in range(0, steps, every)],
         arrays["state"][::every],
         arrays["action"][::every],
     )
+    return episode, problems
 
 
 def _read_floats(path: Path) -> NDArray[numpy.float32]:

@@ -87,7 +87,8 @@ class Source:
     def fingerprint(self, split: str, start: int, stop: int) -> str:
         """What tells the files of some samples from others, or from an earlier or later state of the same files.
 
-        Names, sizes and times of change, not contents: reading those is what a cache is to save.
+        Names, sizes and times of change (of the content, which can be set back, and of the file, which cannot), not
+        contents: reading those is what a cache is to save.
 
         Raises:
             DataError: if a file is not there or cannot be reached.
@@ -107,4 +108,4 @@ class Source:
         except OSError as error:
             raise DataError(f"{part}: {error.strerror or error}") from error
         place = part.relative_to(self.root) if part.is_relative_to(self.root) else part
-        return place.as_posix(), about.st_size, about.st_mtime_ns
+        return place.as_posix(), about.st_size, about.st_mtime_ns, about.st_ctime_ns

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from sidetask_datasets import draws
 from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
 from sidetask_datasets.dataset import Dataset, check_seed, check_size, choose
-from sidetask_datasets.files import DataError, is_folder, listed, missing, picture_size, read_picture
+from sidetask_datasets.files import DataError, first_size, is_folder, listed, paired, picture_size, read_picture
 from sidetask_datasets.frames import read_colour
 from sidetask_datasets.source import Field, Item, Source
 
@@ -169,27 +169,24 @@ def virtual_kitti_source(
         raise DataError(f"{root}: holds version 1.3.1 and version 2; name a folder that holds one")
     samples: list[dict[str, Item]] = []
     problems: list[str] = []
+    patterns = _FIRST_FILES if places else _SECOND_FILES
     for folders, encoding in places or second:
         palette = read_encoding(encoding) if "segmentation" in names else ()
-        frames = {name: _frames(folders[name]) for name in ("image", *names)}
-        for number, image in frames["image"].items():
-            paths = {name: frames[name].get(number) for name in names}
-            problems += [f"{folders[name]}: has no frame {number}" for name, path in paths.items() if path is None]
-            item: dict[str, Item] = {name: (path, image) for name, path in paths.items()}
-            if "segmentation" in item:
-                item["segmentation"] += (palette,)
-            samples.append({"image": (image, image), **item})
-        for name in names:
-            surplus = sorted(frames[name].keys() - frames["image"].keys())
-            problems += [f"{frames[name][number]}: there is no image of this frame" for number in surplus]
-    if not samples:
+        wanted_folders = {name: folders[name] for name in ("image", *names)}
+        numbers, wrong = paired(wanted_folders, patterns)
+        problems += wrong
+        for number in numbers:
+            paths = {name: folder / patterns[name].format(number) for name, folder in wanted_folders.items()}
+            sample: dict[str, Item] = {name: (path, paths["image"]) for name, path in paths.items()}
+            if "segmentation" in sample:
+                sample["segmentation"] += (palette,)
+            samples.append(sample)
+    if not samples and not problems:
         raise DataError(
             f"{root}: holds neither vkitti_1.3.1_rgb/WORLD/VARIATION nor SCENE/VARIATION/frames/rgb/Camera_{camera} "
             f"of any world ({', '.join(worlds)}) and variation ({', '.join(variations)})"
         )
-    if not problems:
-        problems = missing(path for sample in samples for path, *_ in sample.values())
-    shape = (0, 0) if problems else wanted or picture_size(samples[0]["image"][0])
+    shape = wanted or first_size((sample["image"][0] for sample in samples), picture_size, problems)
     options: dict[str, Any] = {"shape": shape, "resize": wanted is not None}
     fields = {
         "image": Field("image", (3, *shape), "uint8", partial(read_colour, **options), MEAN, STD),
@@ -267,6 +264,8 @@ def read_inverse_depth(path: Path, image: Path, *, shape: tuple[int, int], resiz
     return numpy.where(known, 100.0 / numpy.maximum(depth, 1), 0.0).astype(numpy.float32)
 
 
+_FIRST_FILES = dict.fromkeys(_FIELDS, "{}.png")
+_SECOND_FILES = {"image": "rgb_{}.jpg", "segmentation": "classgt_{}.png", "inverse_depth": "depth_{}.png"}
 # For each folder of frames: the folder of each field, and the file that says what colours mean.
 _Places = list[tuple[dict[str, Path], Path]]
 
@@ -302,20 +301,3 @@ def _second_version(root: Path, worlds: Sequence[str], variations: Sequence[str]
             if is_folder(folders["image"]):
                 found.append((folders, base("textgt") / scene / "colors.txt"))
     return found
-
-
-def _frames(folder: Path) -> dict[str, Path]:
-    """Frame number to file; whatever has another name is left alone.
-
-    Raises:
-        DataError: if the folder cannot be read.
-    """
-    found = {}
-    try:
-        for path in folder.iterdir():
-            match = re.fullmatch(r"(?:(?:rgb|depth|classgt)_)?([0-9]{5})\.(?:png|jpg)", path.name)
-            if match:
-                found[match[1]] = path
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror or error}") from error
-    return dict(sorted(found.items()))

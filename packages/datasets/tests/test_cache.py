@@ -186,6 +186,25 @@ def test_a_killed_preparation_goes_on(folder, own_cache):
     assert "a0" not in reads(folder)
 
 
+def test_of_two_processes_that_ask_at_once_one_works(folder, own_cache):
+    make(folder, ["a"])
+    code = (
+        "import sys, time; from pathlib import Path; sys.path.insert(0, '.')\n"
+        "from packages.datasets.tests.test_cache import check, make, prepare\n"
+        f"folder = Path({str(folder)!r}); (folder / f'ready{{sys.argv[1]}}').touch()\n"
+        "while not (folder / 'go').exists(): time.sleep(0.01)\n"
+        "check(prepare(make(folder, ['a']), jobs=1))\n"
+    )
+    environment = {**os.environ, "SIDETASK_CACHE": str(own_cache)}
+    both = [subprocess.Popen([sys.executable, "-c", code, str(rank)], env=environment) for rank in range(2)]
+    while not all((folder / f"ready{rank}").exists() for rank in range(2)):
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.05)
+    (folder / "go").touch()
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert sorted(reads(folder)) == sorted(f"a{index}" for index in range(COUNT))
+
+
 def part_of(folder, own_cache):
     """A preparation that was stopped after all but one of its chunks; what is written down of it."""
     source = make(folder, ["a"])

@@ -22,8 +22,8 @@ from sidetask_datasets.reaching import reaching
 from sidetask_datasets.rlbench import rlbench
 from sidetask_datasets.samples import Samples
 from sidetask_datasets.scenes import scenes
-from sidetask_datasets.split import ResidentSplit, Split
-from sidetask_datasets.streamed import StreamedSplit
+from sidetask_datasets.split import Split
+from sidetask_datasets.stored import ResidentSplit, StreamedSplit
 from sidetask_datasets.view import View, gallery, palette
 from sidetask_datasets.virtual_kitti import virtual_kitti
 

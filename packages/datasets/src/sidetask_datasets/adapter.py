@@ -24,7 +24,7 @@ from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_s
 from sidetask_datasets.files import DataError, DataErrors
 from sidetask_datasets.noise import with_noise
 from sidetask_datasets.source import Source
-from sidetask_datasets.split import ResidentSplit
+from sidetask_datasets.stored import ResidentSplit
 from sidetask_datasets.view import Colour, View
 
 # For each of train, validation and test: which of a source's splits it is taken from, and which samples of that.

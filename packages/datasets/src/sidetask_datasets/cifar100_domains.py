@@ -27,7 +27,7 @@ from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
 from sidetask_datasets.files import DataError, is_file, is_folder
 from sidetask_datasets.joined import JoinedSplit
-from sidetask_datasets.split import ResidentSplit
+from sidetask_datasets.stored import ResidentSplit
 from sidetask_datasets.view import View
 
 TASKS = (

@@ -21,7 +21,7 @@ from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_counts, check_seed, choose, choose_primary
 from sidetask_datasets.digits import scan_pools
 from sidetask_datasets.joined import JoinedSplit
-from sidetask_datasets.split import ResidentSplit
+from sidetask_datasets.stored import ResidentSplit
 from sidetask_datasets.view import View
 
 CLASSES = 5  # of each task

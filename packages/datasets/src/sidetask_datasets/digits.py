@@ -30,7 +30,8 @@ from sidetask_datasets import draws, tasks
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
 from sidetask_datasets.files import DataError, is_file
-from sidetask_datasets.split import ResidentSplit, Split
+from sidetask_datasets.split import Split
+from sidetask_datasets.stored import ResidentSplit
 from sidetask_datasets.view import View
 
 TASKS = ("top_left", "bottom_right")

@@ -29,7 +29,7 @@ class JoinedSplit(Split):
     Raises:
         ValueError: for no part, parts on different devices, inputs of different shapes, or a target in two parts.
 
-    >>> from sidetask_datasets.split import ResidentSplit
+    >>> from sidetask_datasets.stored import ResidentSplit
     >>> def domain(count, name):
     ...     labels = Column(torch.arange(count, dtype=torch.int16), "label")
     ...     return ResidentSplit(Column(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), "image"), {name: labels})

@@ -22,7 +22,8 @@ from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_counts, check_seed, choose, choose_primary
 from sidetask_datasets.joined import JoinedSplit
 from sidetask_datasets.rlbench import STATE, StateSplit
-from sidetask_datasets.split import ResidentSplit, Split
+from sidetask_datasets.split import Split
+from sidetask_datasets.stored import ResidentSplit
 from sidetask_datasets.view import View
 
 COLOURS = {"red": (220, 50, 40), "green": (50, 190, 70), "blue": (60, 90, 230)}

@@ -14,7 +14,8 @@ from sidetask_datasets.columns import Column, pack_depth, pack_normals
 from sidetask_datasets.scenes.layout import furnish
 from sidetask_datasets.scenes.render import Labels, render
 from sidetask_datasets.scenes.world import CLASSES, PARTS
-from sidetask_datasets.split import ResidentSplit, Split
+from sidetask_datasets.split import Split
+from sidetask_datasets.stored import ResidentSplit
 
 MEAN, STD = (0.55, 0.55, 0.55), (0.18, 0.18, 0.18)
 # Scene ids below this are for training, those of validation and test start at these; ids end at 2³².

@@ -1,7 +1,8 @@
-"""Splits larger than the device's memory: batches fetched from the map while the one before is in use."""
+"""Splits of samples that are stored: all of them on the device, or brought there batch by batch."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,11 +11,108 @@ from sidetask_core import Batch
 from torch import Tensor
 
 from sidetask_datasets import draws
+from sidetask_datasets.augment import Augmentation, Motion
 from sidetask_datasets.columns import Column
-from sidetask_datasets.split import ResidentSplit, Split
+from sidetask_datasets.split import Split
 
+_LARGE = 2048  # pixels: images of as many are read one by one on the CPU
 # Inputs and targets as they are stored, and their ids, on the device; and what says that they have arrived.
 _Rows = tuple[Tensor, dict[str, Tensor], Tensor, "torch.cuda.Event | None"]
+
+
+class ResidentSplit(Split):
+    """A split whose samples all live on the device, in compact form.
+
+    Args:
+        inputs: what the encoder sees.
+        targets: target name to labels; as many samples each as `inputs`.
+        augmentation: what `batches` does to samples when asked; None: nothing.
+
+    Raises:
+        ValueError: if a column has another number of samples, or there is no sample.
+
+    >>> split = ResidentSplit(
+    ...     Column(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), "image"),
+    ...     {"digit": Column(torch.arange(5, dtype=torch.int16), "label")},
+    ... )
+    >>> [batch.targets["digit"].tolist() for batch in split.batches(2, shuffle=False)]
+    [[0, 1], [2, 3]]
+    >>> sum(len(batch.inputs) for batch in split.batches(2, drop_last=False))
+    5
+    """
+
+    def __init__(self, inputs: Column, targets: Mapping[str, Column], augmentation: Augmentation | None = None) -> None:
+        for name, column in targets.items():
+            if len(column) != len(inputs):
+                raise ValueError(f"target {name!r} has {len(column)} samples, the inputs have {len(inputs)}")
+        if not len(inputs):
+            raise ValueError("a split needs at least one sample, found none")
+        self.inputs = inputs
+        self.targets = dict(targets)
+        self.augmentation = augmentation
+        self._drawn: tuple[tuple[int, torch.device], Tensor] | None = None  # the numbers of an epoch, and which
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples live."""
+        return self.inputs.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at rest of all samples together."""
+        return self.inputs.nbytes + sum(column.nbytes for column in self.targets.values())
+
+    def to(self, device: torch.device | str, memory: int | None = None) -> Split:
+        """The same samples on `device`, see `Split.to`."""
+        if memory is not None and self.nbytes > memory:
+            return StreamedSplit(self.resident("cpu"), device)
+        return self.resident(device)
+
+    def resident(self, device: torch.device | str) -> ResidentSplit:
+        """The same samples on `device`, whatever they take."""
+        targets = {name: column.to(device) for name, column in self.targets.items()}
+        return ResidentSplit(self.inputs.to(device), targets, self.augmentation)
+
+    def with_targets(self, targets: Mapping[str, Column]) -> ResidentSplit:
+        """The same samples with further targets, which are augmented with them."""
+        return ResidentSplit(self.inputs, {**self.targets, **targets}, self.augmentation)
+
+    def checksum(self) -> int:
+        """A number that tells these inputs from others: the CRC-32 of what is stored."""
+        return zlib.crc32(self.inputs.data.cpu().numpy().tobytes())
+
+    def make(self, ids: Tensor, *, seed: int, epoch: int, augment: bool) -> Batch:
+        """The samples `ids`, read and augmented on the device."""
+        motion = self._motion(ids, seed, epoch) if augment else None
+        targets = {name: _read(column, column.data, ids, motion) for name, column in self.targets.items()}
+        return Batch(_read(self.inputs, self.inputs.data, ids, motion), targets)
+
+    def gather(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Inputs and targets of the samples `ids` as they are stored."""
+        targets = {name: column.data.index_select(0, ids) for name, column in self.targets.items()}
+        return self.inputs.data.index_select(0, ids), targets
+
+    def finish(
+        self, inputs: Tensor, targets: dict[str, Tensor], ids: Tensor, *, seed: int, epoch: int, augment: bool
+    ) -> Batch:
+        """The batch of what `gather` gave for `ids`, on any device that all of it is on."""
+        motion = self._motion(ids, seed, epoch) if augment else None
+        expanded = {name: _read(self.targets[name], rows, None, motion) for name, rows in targets.items()}
+        return Batch(_read(self.inputs, inputs, None, motion), expanded)
+
+    def _motion(self, ids: Tensor, seed: int, epoch: int) -> Motion | None:
+        if self.augmentation is None:
+            return None
+        asked = draws.key(seed, "augment", epoch), ids.device
+        if self._drawn is None or self._drawn[0] != asked:
+            # For all samples at once: for those of a batch it takes as long, on the CPU as much as making small images.
+            everything = torch.arange(len(self), device=ids.device)
+            self._drawn = asked, draws.uniform(asked[0], everything, self.augmentation.draws)
+        height, width = self.inputs.data.shape[-2:]
+        return self.augmentation.motion(self._drawn[1].index_select(0, ids), (height, width))
 
 
 class StreamedSplit(Split):
@@ -148,3 +246,20 @@ class _Buffer:
         if room is None or len(room) < count:
             room = self.rows[name] = torch.empty(count, *like.shape[1:], dtype=like.dtype, pin_memory=True)
         return room[:count]
+
+
+def _read(column: Column, data: Tensor, ids: Tensor | None, motion: Motion | None) -> Tensor:
+    """The rows `ids` of a column's data, all if None, moved, as a batch has them."""
+    if data.device.type != "cpu" or data.ndim < 3 or data.shape[-2] * data.shape[-1] < _LARGE:
+        rows = data if ids is None else data.index_select(0, ids)
+        return column.expand(rows) if motion is None else motion.read(column, rows)
+    # One by one, from where they are stored, so that what is done to an image finds it in the processor's cache.
+    places = range(len(data)) if ids is None else ids.tolist()
+    found = column.room(len(places), data)
+    for index, place in enumerate(places):
+        row, out = data[place : place + 1], found[index : index + 1]
+        if motion is None:
+            column.expand(row, out)
+        else:
+            motion.read_one(index, column, row, out)
+    return found

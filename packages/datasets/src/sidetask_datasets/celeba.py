@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.adapter import MEAN, STD, Folder, Target, read_dataset
 from sidetask_datasets.columns import Column
-from sidetask_datasets.dataset import Dataset, check_seed, check_size, check_switches, choose, choose_primary
+from sidetask_datasets.dataset import SPLITS, Dataset, check_seed, check_size, check_switches, choose, choose_primary
 from sidetask_datasets.files import DataError, is_file, is_folder, listed, missing, read_picture
+from sidetask_datasets.noise import with_noise
 from sidetask_datasets.source import Field, Source
 from sidetask_datasets.view import View
 
@@ -72,7 +73,6 @@ ATTRIBUTES = (
 )
 TASKS = ATTRIBUTES[:9]
 ORIGINAL = (218, 178)
-_SPLITS = ("train", "validation", "test")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,200}\.jpg")
 
 
@@ -84,6 +84,7 @@ def celeba(
     share: float = 0.1,
     primary: Iterable[str] | None = None,
     seed: int = 0,
+    noise: bool = False,
     download: bool = False,
     cache: Folder | None = None,
     device: torch.device | str = "cpu",
@@ -98,7 +99,8 @@ def celeba(
         share: of the training and of the validation images, evenly over their list; 0.1 in SAAL. The test split is
             whole.
         primary: the tasks that count; None for all.
-        seed: of nothing, since the files say what is in which split; here because every dataset has one.
+        seed: of `noise`; the files say what is in which split.
+        noise: add an auxiliary task "noise", see `with_noise`.
         download: let torchvision fetch what is missing into `root`.
         cache: where decoded images are kept, see `cache.cache_folder`.
         device: where the images live.
@@ -112,7 +114,7 @@ def celeba(
     names = choose("task", tasks, ATTRIBUTES)
     wanted = choose_primary(primary, names)
     check_seed(seed)
-    check_switches(download=download)
+    check_switches(noise=noise, download=download)
     if download:
         _fetch(Path(root))
     source, labels = _find(root, size, share)
@@ -121,11 +123,12 @@ def celeba(
     data = read_dataset(source, targets, dense=False, cache=cache)
     places = {name: ATTRIBUTES.index(name) for name in names}
     splits = {}
-    for split in _SPLITS:
+    for split in SPLITS:
         rows = torch.from_numpy(numpy.stack([labels[sample["image"][0].name] for sample in source.splits[split]]))
         columns = {name: Column(rows[:, place].contiguous(), "label") for name, place in places.items()}
         splits[split] = getattr(data, split).with_targets(columns)
-    return replace(data, **splits).to(device)
+    data = replace(data, **splits)
+    return (with_noise(data, seed) if noise else data).to(device)
 
 
 def celeba_source(root: Folder, *, size: Sequence[int] | None = (64, 64), share: float = 0.1) -> Source:
@@ -210,7 +213,7 @@ def _labels(path: Path) -> dict[str, NDArray[numpy.int16]]:
 
 
 def _partition(path: Path) -> dict[str, list[str]]:
-    lists: dict[str, list[str]] = {split: [] for split in _SPLITS}
+    lists: dict[str, list[str]] = {split: [] for split in SPLITS}
     seen: set[str] = set()
     for number, line in enumerate(_lines(path), start=1):
         words = line.split()
@@ -220,7 +223,7 @@ def _partition(path: Path) -> dict[str, list[str]]:
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
             raise DataError(f"{path}, line {number}: expected 0, 1 or 2 after the name")
         seen.add(words[0])
-        lists[_SPLITS[int(words[1])]].append(words[0])
+        lists[SPLITS[int(words[1])]].append(words[0])
     return lists
 
 

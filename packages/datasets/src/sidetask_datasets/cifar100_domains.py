@@ -27,6 +27,7 @@ from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
 from sidetask_datasets.files import DataError, is_file, is_folder
 from sidetask_datasets.joined import JoinedSplit
+from sidetask_datasets.noise import with_noise
 from sidetask_datasets.stored import ResidentSplit
 from sidetask_datasets.view import View
 
@@ -68,6 +69,7 @@ def cifar100_domains(
     validation: int = 250,
     primary: Iterable[str] | None = None,
     seed: int = 0,
+    noise: bool = False,
     download: bool = False,
     device: torch.device | str = "cpu",
 ) -> Dataset:
@@ -82,20 +84,21 @@ def cifar100_domains(
         tasks: names of coarse classes.
         validation: so many training images of each task are held out for model selection.
         primary: the tasks that count; None for all.
-        seed: of the images held out.
+        seed: of the images held out, and of `noise`.
+        noise: add an auxiliary task "noise", see `with_noise`.
         download: let torchvision fetch the python version into `root` if neither is there.
         device: where the images live.
 
     Raises:
         DataError: beginning with the path of the file at fault: one that is missing, cut short, or holds ids or names
             that are not CIFAR-100's.
-        ValueError: for an unknown task, or if nothing is left to train on.
+        ValueError: for an unknown task, a switch that is neither true nor false, or if nothing is left to train on.
     """
     names = choose("task", tasks, TASKS)
     wanted = choose_primary(primary, names)
     check_counts(validation=validation)
     check_seed(seed)
-    check_switches(download=download)
+    check_switches(noise=noise, download=download)
     read = _read(Path(root), download)
     domains = {name: TASKS.index(name) for name in names}
     order = {name: torch.from_numpy(numpy.flatnonzero(read.train.coarse == domain)) for name, domain in domains.items()}
@@ -110,7 +113,7 @@ def cifar100_domains(
         )
 
     test = {name: torch.from_numpy(numpy.flatnonzero(read.test.coarse == domain)) for name, domain in domains.items()}
-    return Dataset(
+    data = Dataset(
         name="cifar100_domains",
         tasks=tuple(
             replace(task_kinds.classification(name, CLASSES, primary=name in wanted), input=name) for name in names
@@ -125,7 +128,8 @@ def cifar100_domains(
         },
         input_view=View("image", mean=MEAN, std=STD),
         dense=False,
-    ).to(device)
+    )
+    return (with_noise(data, seed) if noise else data).to(device)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 from sidetask_datasets.split import Split
 from sidetask_datasets.view import Pixels, View
 
+SPLITS = ("train", "validation", "test")
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -70,7 +72,7 @@ class Dataset:
         if memory is None and torch.device(device).type == "cuda":
             memory = torch.cuda.mem_get_info(device)[0] // 2
         splits = {}
-        for name in ("train", "validation", "test"):
+        for name in SPLITS:
             splits[name] = getattr(self, name).to(device, memory)
             memory = None if memory is None else memory - splits[name].nbytes
         return replace(self, **splits)

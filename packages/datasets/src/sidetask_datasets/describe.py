@@ -8,11 +8,10 @@ import torch
 from sidetask_core import Task
 from torch import Tensor
 
-from sidetask_datasets.dataset import Dataset
+from sidetask_datasets.dataset import SPLITS, Dataset
 from sidetask_datasets.split import Split
 from sidetask_datasets.view import Pixels, View, gallery
 
-SPLITS = ("train", "validation", "test")
 UNLABELLED = "unlabelled"
 
 

@@ -18,9 +18,10 @@ from sidetask_datasets import draws
 from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.columns import Column
-from sidetask_datasets.dataset import Dataset, check_counts, check_seed, choose, choose_primary
+from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
 from sidetask_datasets.digits import scan_pools
 from sidetask_datasets.joined import JoinedSplit
+from sidetask_datasets.noise import with_noise
 from sidetask_datasets.stored import ResidentSplit
 from sidetask_datasets.view import View
 
@@ -39,6 +40,7 @@ def digit_domains(
     tasks: Sequence[str] = TASKS,
     primary: Iterable[str] | None = None,
     seed: int = 0,
+    noise: bool = False,
     device: torch.device | str = "cpu",
 ) -> Dataset:
     """Classifications of five digits, each with images of its own ``[N, 3, 32, 32]``.
@@ -52,7 +54,8 @@ def digit_domains(
         test: images of each for the final numbers.
         tasks: among "low_0", "high_0", "low_36", …, "high_324": the digits, and by how many degrees they are turned.
         primary: the tasks that count; None for all.
-        seed: of the division, of which scans a domain gets, and of its colours.
+        seed: of the division, of which scans a domain gets, of its colours, and of `noise`.
+        noise: add an auxiliary task "noise", see `with_noise`.
         device: where the images live.
 
     Raises:
@@ -67,6 +70,7 @@ def digit_domains(
     wanted = choose_primary(primary, names)
     check_counts(train=train, validation=validation, test=test)
     check_seed(seed)
+    check_switches(noise=noise)
     pools = scan_pools(seed)
     splits = {}
     for split, count in {"train": train, "validation": validation, "test": test}.items():
@@ -77,7 +81,7 @@ def digit_domains(
             image = Column(_rendered(tiles, name, seed), "image", MEAN, STD)
             parts[name] = ResidentSplit(image, {name: Column(digits, "label")}, augmentation)
         splits[split] = JoinedSplit(parts)
-    return Dataset(
+    data = Dataset(
         name="digit_domains",
         tasks=tuple(
             replace(task_kinds.classification(name, CLASSES, primary=name in wanted), input=name) for name in names
@@ -87,7 +91,8 @@ def digit_domains(
         views={name: View("label", classes=tuple(str(_first(name) + i) for i in range(CLASSES))) for name in names},
         input_view=View("image", mean=MEAN, std=STD),
         dense=False,
-    ).to(device)
+    )
+    return (with_noise(data, seed) if noise else data).to(device)
 
 
 def _first(name: str) -> int:

@@ -30,6 +30,7 @@ from sidetask_datasets import draws, tasks
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
 from sidetask_datasets.files import DataError, is_file
+from sidetask_datasets.noise import with_noise
 from sidetask_datasets.split import Split
 from sidetask_datasets.stored import ResidentSplit
 from sidetask_datasets.view import View
@@ -75,6 +76,7 @@ def digits(
     seed: int = 0,
     tasks: Sequence[str] = TASKS,
     primary: Iterable[str] | None = None,
+    noise: bool = False,
     source: str = "scans",
     root: str | Path | None = None,
     download: bool = False,
@@ -90,9 +92,10 @@ def digits(
         train: images to train on.
         validation: images to select models on.
         test: images for the final numbers.
-        seed: of the division, the pairs and the shifts.
+        seed: of the division, the pairs, the shifts and `noise`.
         tasks: among "top_left", "bottom_right", and, of digits, the names in `ATTRIBUTES`.
         primary: the tasks that count; None for all.
+        noise: add an auxiliary task "noise", see `with_noise`.
         source: "scans", "mnist" or "fashion".
         root: the folder of the files of MNIST or Fashion-MNIST.
         download: let torchvision fetch these into `root`, if they are not there.
@@ -112,7 +115,7 @@ def digits(
     wanted = choose_primary(primary, names)
     check_counts(train=train, validation=validation, test=test)
     check_seed(seed)
-    check_switches(download=download)
+    check_switches(noise=noise, download=download)
     if (root is None) != (source == "scans"):
         raise ValueError(f"source {source!r} " + ("needs a root" if root is None else "is of no root"))
     pools = scan_pools(seed) if root is None else _file_pools(source, Path(root), download, seed)
@@ -123,7 +126,8 @@ def digits(
         columns = {name: Column(targets[name], "label") for name in names}
         splits[split] = ResidentSplit(Column(images, "image", (mean,), (std,)), columns)
     classes = CLOTHES if source == "fashion" else tuple(str(digit) for digit in range(10))
-    return _assemble(names, wanted, splits, classes, View("image", mean=(mean,), std=(std,))).to(device)
+    data = _assemble(names, wanted, splits, classes, View("image", mean=(mean,), std=(std,)))
+    return (with_noise(data, seed) if noise else data).to(device)
 
 
 def _assemble(

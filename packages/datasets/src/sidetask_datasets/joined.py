@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sidetask_datasets import draws
 from sidetask_datasets.columns import Column
+from sidetask_datasets.dataset import Dataset, choose
 from sidetask_datasets.split import Split
 
 
@@ -131,3 +133,52 @@ class JoinedSplit(Split):
             ValueError: always.
         """
         self.with_targets({})
+
+
+def domains_of(dataset: Dataset) -> tuple[str, ...]:
+    """The domains that a dataset's tasks name as their inputs, in order; none where all tasks share one input."""
+    return tuple(dict.fromkeys(task.input for task in dataset.tasks if task.input is not None))
+
+
+def alone(dataset: Dataset, domain: str) -> Dataset:
+    """One domain as a dataset: its samples, and its tasks, which now share their input.
+
+    Args:
+        dataset: whose splits are each a `JoinedSplit`.
+        domain: one of `domains_of`.
+
+    Raises:
+        ValueError: for an unknown domain, or splits of another kind.
+    """
+    choose("domain", [domain], domains_of(dataset))
+
+    def part(split: str) -> Split:
+        whole = getattr(dataset, split)
+        if not isinstance(whole, JoinedSplit):
+            raise ValueError(
+                f"dataset {dataset.name!r} has domains, so its splits are JoinedSplits; {split} is a "
+                f"{type(whole).__name__}"
+            )
+        return whole.parts[domain]
+
+    own = tuple(replace(task, input=None) for task in dataset.tasks if task.input == domain)
+    return replace(dataset, tasks=own, train=part("train"), validation=part("validation"), test=part("test"))
+
+
+def beside(dataset: Dataset, domain: str, changed: Dataset) -> Dataset:
+    """The dataset with one of its domains as it is in `changed`: `alone` with further tasks."""
+    known = {task.name for task in dataset.tasks}
+    more = tuple(replace(task, input=domain) for task in changed.tasks if task.name not in known)
+
+    def joined(split: str) -> JoinedSplit:
+        return JoinedSplit({**getattr(dataset, split).parts, domain: getattr(changed, split)})
+
+    return replace(
+        dataset,
+        tasks=(*dataset.tasks, *more),
+        train=joined("train"),
+        validation=joined("validation"),
+        test=joined("test"),
+        outputs=changed.outputs,
+        views=changed.views,
+    )

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from sidetask_datasets import tasks
 from sidetask_datasets.columns import Column
-from sidetask_datasets.dataset import Dataset
+from sidetask_datasets.dataset import SPLITS, Dataset
 from sidetask_datasets.files import DataError, is_file
 from sidetask_datasets.split import Split
 from sidetask_datasets.view import View
@@ -42,7 +42,6 @@ from sidetask_datasets.view import View
 Kind = Literal["segmentation", "soft", "tokens"]
 Teacher = Callable[[Tensor], Tensor]
 
-SPLITS = ("train", "validation", "test")
 _UNLABELLED = 255
 # Of sums of distributions in half precision.
 _TOLERANCE = 0.02

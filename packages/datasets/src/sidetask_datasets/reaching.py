@@ -19,8 +19,9 @@ from torch import Tensor
 from sidetask_datasets import draws
 from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.columns import Column
-from sidetask_datasets.dataset import Dataset, check_counts, check_seed, choose, choose_primary
+from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
 from sidetask_datasets.joined import JoinedSplit
+from sidetask_datasets.noise import with_noise
 from sidetask_datasets.rlbench import STATE, StateSplit
 from sidetask_datasets.split import Split
 from sidetask_datasets.stored import ResidentSplit
@@ -51,6 +52,7 @@ def reaching(
     loss: str = "l1",
     primary: Iterable[str] | None = None,
     seed: int = 0,
+    noise: bool = False,
     device: torch.device | str = "cpu",
 ) -> Dataset:
     """Ten tasks of behaviour cloning: a frame in, and what the script would do next, float32 ``[N, 3]``.
@@ -67,11 +69,12 @@ def reaching(
         state: whether the ring's state is part of the input.
         loss: "l1" or "mse".
         primary: the tasks that count; None for all.
-        seed: of where discs lie, where the ring begins, and of its noise.
+        seed: of where discs lie, where the ring begins, how it trembles, and of `noise`.
+        noise: add an auxiliary task "noise", see `with_noise`.
         device: where the frames live.
 
     Raises:
-        ValueError: for an unknown task or loss.
+        ValueError: for an unknown task or loss, or a switch that is neither true nor false.
 
     >>> data = reaching(train=2, validation=1, test=1, tasks=["reach_red", "retreat"])
     >>> batch = next(data.train.batches(4))
@@ -82,6 +85,7 @@ def reaching(
     wanted = choose_primary(primary, names)
     check_counts(train=train, validation=validation, test=test)
     check_seed(seed)
+    check_switches(state=state, noise=noise)
     splits = {}
     for split, count in {"train": train, "validation": validation, "test": test}.items():
         parts: dict[str, Split] = {}
@@ -93,7 +97,7 @@ def reaching(
             part = ResidentSplit(Column(pictures, "image", MEAN, STD), columns)
             parts[name] = StateSplit(part, name + STATE) if state else part
         splits[split] = JoinedSplit(parts)
-    return Dataset(
+    data = Dataset(
         name="reaching",
         tasks=tuple(replace(task_kinds.regression(name, name in wanted, loss), input=name) for name in names),
         **splits,
@@ -101,7 +105,8 @@ def reaching(
         views={name: View("vector", limits=(-1.0, 1.0)) for name in names},
         input_view=View("image", mean=MEAN, std=STD),
         dense=False,
-    ).to(device)
+    )
+    return (with_noise(data, seed) if noise else data).to(device)
 
 
 def demonstrate(task: str, count: int, key: int) -> tuple[Tensor, Tensor, Tensor]:

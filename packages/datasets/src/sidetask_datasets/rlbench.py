@@ -29,7 +29,7 @@ from sidetask_datasets import draws
 from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.adapter import MEAN, STD, Folder, read_splits
 from sidetask_datasets.columns import Column
-from sidetask_datasets.dataset import Dataset, check_seed, check_size, check_switches, choose, choose_primary
+from sidetask_datasets.dataset import SPLITS, Dataset, check_seed, check_size, check_switches, choose, choose_primary
 from sidetask_datasets.files import (
     DataError,
     first_size,
@@ -43,6 +43,7 @@ from sidetask_datasets.files import (
     single,
 )
 from sidetask_datasets.joined import JoinedSplit
+from sidetask_datasets.noise import with_noise
 from sidetask_datasets.source import Field, Item, Source
 from sidetask_datasets.split import DerivedSplit, Split
 from sidetask_datasets.view import View
@@ -61,7 +62,6 @@ TASKS = (
     "slide_block_to_target",
 )
 CAMERAS = ("front", "wrist", "left_shoulder", "right_shoulder", "overhead")
-_SPLITS = ("train", "validation", "test")
 _TASK = re.compile(r"[A-Za-z0-9_-]{1,200}")
 STATE = " state"  # no name of a task begins with a space
 
@@ -77,6 +77,7 @@ def rlbench(
     every: int = 1,
     primary: Iterable[str] | None = None,
     seed: int = 0,
+    noise: bool = False,
     cache: Folder | None = None,
     device: torch.device | str = "cpu",
 ) -> Dataset:
@@ -96,7 +97,8 @@ def rlbench(
         loss: "l1" or "mse".
         every: so many steps apart are the frames that are taken.
         primary: the tasks that count; None for all.
-        seed: of the division. Another seed is decoded anew.
+        seed: of the division, and of `noise`. Another seed is decoded anew.
+        noise: add an auxiliary task "noise", see `with_noise`.
         cache: where decoded pictures are kept, see `cache.cache_folder`.
         device: where the frames live.
 
@@ -108,12 +110,11 @@ def rlbench(
     """
     names = choose("task", tasks, tasks)
     wanted = choose_primary(primary, names)
-    check_switches(state=state)
+    check_switches(state=state, noise=noise)
     source, episodes = _find(root, names, cameras, size, every, seed)
     images = read_splits(source, cache=cache)
     shown = {
-        split: {name: [e for e in episodes if (e.task, e.split) == (name, split)] for name in names}
-        for split in _SPLITS
+        split: {name: [e for e in episodes if (e.task, e.split) == (name, split)] for name in names} for split in SPLITS
     }
     known = numpy.concatenate([episode.state for found in shown["train"].values() for episode in found])
     mean, std = known.mean(axis=0, dtype=numpy.float64), known.std(axis=0, dtype=numpy.float64)
@@ -140,7 +141,7 @@ def rlbench(
         input_view=View("image", mean=MEAN * channels, std=STD * channels),
         dense=False,
     )
-    return data.to(device)
+    return (with_noise(data, seed) if noise else data).to(device)
 
 
 def rlbench_source(
@@ -232,7 +233,7 @@ def _find(
             problems.append(f"{path}: has {width} numbers a step, {first} has {other}")
     images = (path for episode in episodes for pictures in episode.pictures for path in pictures)
     shape = wanted or first_size(images, picture_size, problems)
-    splits: dict[str, list[dict[str, Item]]] = {f"{task}-{split}": [] for split in _SPLITS for task in names}
+    splits: dict[str, list[dict[str, Item]]] = {f"{task}-{split}": [] for split in SPLITS for task in names}
     for episode in episodes:
         splits[f"{episode.task}-{episode.split}"] += [{"image": pictures} for pictures in episode.pictures]
     reader = partial(read_pictures, shape=shape, resize=wanted is not None)
@@ -261,7 +262,7 @@ def _episode_folders(folder: Path) -> list[Path]:
     variations = [folder / name / "episodes" for name in listed(folder)] if is_folder(folder) else []
     for place in filter(is_folder, [folder, *variations]):
         found += [place / name for name in listed(place) if re.fullmatch("episode[0-9]+", name)]
-    if len(found) < len(_SPLITS):
+    if len(found) < len(SPLITS):
         raise DataError(f"{folder}: holds {len(found)} folders episode0, episode1, …; three splits need three at least")
     return sorted(found, key=lambda path: (path.parent, int(path.name.removeprefix("episode"))))
 

@@ -11,8 +11,9 @@ float ``[N, K]``         a distribution over K classes per image      float32 ``
 float ``[N, K, h, w]``   tokens: one per patch; h, w divide H, W      float32 ``[n, K, h, w]``; cross-entropy with it
 ======================== ============================================ ==================================================
 
-Beside class ids, `classes` says how many there are, 1 to 255. A distribution of zeros is unlabelled. `images`, if it is
-there, is the checksum of the images that the labels are of. `made`, if it is there, says how `pseudo_label` made them.
+Beside class ids, `classes` says how many there are, 1 to 255. A distribution of zeros is unlabelled. Where tasks have
+inputs of their own, and nowhere else, `domain` says whose images the labels are of. `images`, if it is there, is the
+checksum of these images. `made`, if it is there, says how `pseudo_label` made the labels.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import contextlib
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,13 +35,15 @@ from torch import Tensor, nn
 
 from sidetask_datasets import tasks
 from sidetask_datasets.columns import Column
-from sidetask_datasets.dataset import SPLITS, Dataset
+from sidetask_datasets.dataset import SPLITS, Dataset, choose
 from sidetask_datasets.files import DataError, is_file
+from sidetask_datasets.joined import alone, beside, domains_of
 from sidetask_datasets.split import Split
 from sidetask_datasets.view import View
 
 Kind = Literal["segmentation", "soft", "tokens"]
 Teacher = Callable[[Tensor], Tensor]
+_Arrays = Mapping[str, NDArray[Any]]
 
 _UNLABELLED = 255
 # Of sums of distributions in half precision.
@@ -50,15 +53,16 @@ _TOLERANCE = 0.02
 def with_pseudo(dataset: Dataset, labels: Mapping[str, str | Path]) -> Dataset:
     """The dataset with one more auxiliary task for each folder of labels.
 
-    Labels are checked as they are read, live on the device with the images, and follow their augmentation.
+    Labels are checked as they are read, live on the device with the images, and follow their augmentation. Where tasks
+    have inputs of their own, the input of the new one is the domain that its files name.
 
     Args:
         dataset: whose images they label.
         labels: name of the new task to its folder, see the module.
 
     Raises:
-        DataError: beginning with the path of a file that is missing, damaged, of other images, or holds what is no
-            label.
+        DataError: beginning with the path of a file that is missing, damaged, of other images or another domain, or
+            holds what is no label.
         TypeError: if `labels` is no mapping of names to folders.
         ValueError: if the dataset has a task of that name, trains on new images in every epoch, or labels whole images
             where these label pixels or patches.
@@ -74,6 +78,7 @@ def pseudo_label(
     folder: str | Path,
     teacher: Teacher,
     *,
+    domain: str | None = None,
     kind: Kind = "segmentation",
     threshold: float = 0.5,
     source: str | None = None,
@@ -89,6 +94,7 @@ def pseudo_label(
         teacher: gives probabilities for images ``[n, C, H, W]`` as the dataset has them: ``[n, K, H, W]`` for
             segmentation, ``[n, K]`` for soft labels, ``[n, K, h, w]`` for tokens, where h and w divide H and W. Zeros
             for all classes leave an image, pixel or patch unlabelled. A module labels in evaluation mode.
+        domain: whose images are labelled, where tasks have inputs of their own; None where they share one.
         kind: "segmentation", "soft" or "tokens".
         threshold: of a segmentation: pixels whose best class has no higher probability are left unlabelled. 0.5
             (Li et al. 2024, arXiv 2412.19547).
@@ -100,9 +106,9 @@ def pseudo_label(
 
     Raises:
         DataError: for a file that is there and does not fit, see `with_pseudo`, or was made otherwise.
-        ValueError: for an unknown kind; a threshold that is not in [0, 1); pixels or patches of a dataset that labels
-            whole images; what are no probabilities, or of another shape than the kind's; or numbers of classes that
-            differ.
+        ValueError: for an unknown kind or domain; a threshold that is not in [0, 1); pixels or patches of a dataset
+            that labels whole images; what are no probabilities, or of another shape than the kind's; or numbers of
+            classes that differ.
 
     >>> from sidetask_datasets import digits
     >>> data = digits(train=8, validation=2, test=2)
@@ -118,6 +124,10 @@ def pseudo_label(
         raise ValueError(f"threshold is a probability, at least 0 and below 1, not {threshold!r}")
     if kind != "soft" and not dataset.dense:
         raise ValueError(f"dataset {dataset.name!r} labels whole images, and so may its pseudo tasks: kind 'soft'")
+    if domains := domains_of(dataset):
+        dataset = alone(dataset, *choose("domain", () if domain is None else domain, domains))
+    elif domain is not None:
+        raise ValueError(f"dataset {dataset.name!r} has no domain {domain!r}: all tasks share one input")
     if source is None:
         source = fingerprint(teacher) if isinstance(teacher, nn.Module) else ""
     folder = Path(folder)
@@ -127,7 +137,13 @@ def pseudo_label(
     for name in SPLITS:
         path, split = folder / f"{name}.npz", getattr(dataset, name)
         if is_file(path):
-            _, classes = _read(path, split, dataset, made)
+            found = _load(path)
+            if (other := _domain(path, found, dataset.name, domains)) != domain:
+                raise DataError(
+                    f"{path}: holds labels of {other!r}, not of {domain!r}; "
+                    "label into another folder, or remove the file"
+                )
+            _, classes = _read(path, found, split, dataset, made)
             continue
         parts = []
         with _labelling(teacher):
@@ -138,7 +154,8 @@ def pseudo_label(
                 # At once, since all probabilities of a split would fill the memory.
                 parts.append(thresholded(scores, threshold) if kind == "segmentation" else scores.to(torch.float16))
         labels = torch.cat(parts).cpu().numpy()
-        _save(path, labels=labels, classes=numpy.int64(classes), images=split.checksum(), made=numpy.array(made))
+        said = {"made": made} if domain is None else {"made": made, "domain": domain}
+        _save(path, labels=labels, classes=numpy.int64(classes), images=split.checksum(), **said)
     return folder
 
 
@@ -214,15 +231,29 @@ def _check_folders(labels: object) -> None:
 def _with_one(dataset: Dataset, name: str, folder: Path) -> Dataset:
     if name in (task.name for task in dataset.tasks):
         raise ValueError(f"dataset {dataset.name!r} has a task {name!r} already")
-    read = {split: _read(folder / f"{split}.npz", getattr(dataset, split), dataset) for split in SPLITS}
+    found = {folder / f"{split}.npz": _load(folder / f"{split}.npz") for split in SPLITS}
+    domains = [_domain(path, arrays, dataset.name, domains_of(dataset)) for path, arrays in found.items()]
+    for path, domain in zip(found, domains, strict=True):
+        if domain != domains[0]:
+            raise DataError(f"{path}: holds labels of {domain!r}, train.npz holds labels of {domains[0]!r}")
+    if domains[0] is None:
+        return _with_arrays(dataset, name, found)
+    return beside(dataset, domains[0], _with_arrays(alone(dataset, domains[0]), name, found))
+
+
+def _with_arrays(dataset: Dataset, name: str, found: Mapping[Path, _Arrays]) -> Dataset:
+    """The dataset, whose tasks share their input, with the task that the files of the three splits make."""
+    read = {
+        split: _read(path, arrays, getattr(dataset, split), dataset)
+        for split, (path, arrays) in zip(SPLITS, found.items(), strict=True)
+    }
     column, classes = read["train"]
-    for split, (other, count) in read.items():
+    for path, (other, count) in zip(found, read.values(), strict=True):
         if (other.kind, count) != (column.kind, classes):
             raise DataError(
-                f"{folder / f'{split}.npz'}: holds {other.kind} of {count} classes, "
-                f"train.npz holds {column.kind} of {classes}"
+                f"{path}: holds {other.kind} of {count} classes, train.npz holds {column.kind} of {classes}"
             )
-    splits = {split: getattr(dataset, split).with_targets({name: found}) for split, (found, _) in read.items()}
+    splits = {split: getattr(dataset, split).with_targets({name: own}) for split, (own, _) in read.items()}
     names = tuple(f"class {index}" for index in range(classes))
     if column.kind == "classes":
         task: Task = tasks.segmentation(name, classes, primary=False)
@@ -282,8 +313,8 @@ def _save(path: Path, **arrays: Any) -> None:
         raise
 
 
-def _read(path: Path, split: Split, dataset: Dataset, made: str | None = None) -> tuple[Column, int]:
-    """The labels of one split, checked, and the number of classes; refused if they were not `made` that way."""
+def _load(path: Path) -> dict[str, NDArray[Any]]:
+    """What a file of labels holds."""
     if not is_file(path):
         raise DataError(f"{path}: no such file; labels are train.npz, validation.npz and test.npz")
     try:
@@ -297,12 +328,30 @@ def _read(path: Path, split: Split, dataset: Dataset, made: str | None = None) -
     # A damaged archive fails wherever its bytes lead: zlib, encryption, other versions of the format, syntax, memory.
     except Exception as error:
         raise DataError(f"{path}: cannot be read as an archive of arrays: {error}") from error
+    return found
+
+
+def _domain(path: Path, found: _Arrays, name: str, domains: Sequence[str]) -> str | None:
+    """Whose images a file's labels are of: one of the domains of the dataset `name`, None if it has none."""
+    if "domain" not in found:
+        if domains:
+            raise DataError(f"{path}: does not say in 'domain' whose images its labels are of: {', '.join(domains)}")
+        return None
+    domain = _text(found, "domain")
+    if domain not in domains:
+        there = f"has the domains {', '.join(domains)}" if domains else "has no domains: all tasks share one input"
+        raise DataError(f"{path}: holds labels of {domain!r}; {name!r} {there}")
+    return domain
+
+
+def _read(path: Path, found: _Arrays, split: Split, dataset: Dataset, made: str | None = None) -> tuple[Column, int]:
+    """The labels of one split, checked, and the number of classes; refused if they were not `made` that way."""
     if "labels" not in found:
         raise DataError(f"{path}: holds no array 'labels'; there are: {', '.join(found) or 'none'}")
     if "images" in found and _whole(path, found, "images") != split.checksum():
         raise DataError(f"{path}: its labels are of other images than those of {dataset.name!r}")
-    if made is not None and _made(found) != made:
-        raise DataError(f"{path}: holds {_made(found)}, not {made}; label into another folder, or remove the file")
+    if made is not None and (before := _text(found, "made") or "labels made elsewhere") != made:
+        raise DataError(f"{path}: holds {before}, not {made}; label into another folder, or remove the file")
     labels = found["labels"]
     if len(labels.shape) == 0 or len(labels) != len(split):
         raise DataError(f"{path}: labels {list(labels.shape)} of a split of {len(split)} samples")
@@ -332,18 +381,19 @@ def _read(path: Path, split: Split, dataset: Dataset, made: str | None = None) -
     return column.to(split.device), classes
 
 
-def _whole(path: Path, found: Mapping[str, NDArray[Any]], name: str) -> int:
+def _whole(path: Path, found: _Arrays, name: str) -> int:
     if found[name].dtype.kind not in "iu" or found[name].ndim:
         raise DataError(f"{path}: {name!r} is a whole number, found {found[name].dtype} {list(found[name].shape)}")
     return int(found[name])
 
 
-def _made(found: Mapping[str, NDArray[Any]]) -> str:
-    made = found.get("made")
-    return "labels made elsewhere" if made is None or made.dtype.kind != "U" or made.ndim else str(made)
+def _text(found: _Arrays, name: str) -> str:
+    """The text of that name; empty if there is none."""
+    text = found.get(name)
+    return "" if text is None or text.dtype.kind != "U" or text.ndim else str(text)
 
 
-def _count_classes(path: Path, found: Mapping[str, NDArray[Any]]) -> int:
+def _count_classes(path: Path, found: _Arrays) -> int:
     if "classes" not in found:
         raise DataError(f"{path}: beside class ids, it needs 'classes', a whole number")
     classes, labels = _whole(path, found, "classes"), found["labels"]

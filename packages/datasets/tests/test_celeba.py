@@ -1,5 +1,6 @@
 """CelebA's tree as its authors and as torchvision keep it, tiny, sound and hostile."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy
@@ -204,3 +205,7 @@ def test_what_was_prepared_is_not_decoded_again(tree, monkeypatch):
     prepare(find_source(celeba, tree[0], options))
     monkeypatch.setattr(cache, "_decode", None)
     assert len(celeba(tree[0], **options).train)
+
+
+def test_further_tasks_join_them(tree, check_further_tasks):
+    check_further_tasks(partial(celeba, tree[0], size=(4, 4), share=0.3))

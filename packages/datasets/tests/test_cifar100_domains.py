@@ -4,6 +4,7 @@ import pickle
 import struct
 import sys
 import tracemalloc
+from functools import partial
 from itertools import chain
 
 import numpy
@@ -252,3 +253,7 @@ def test_nothing_is_fetched_unless_asked(tmp_path, data, monkeypatch):
     assert calls == [(str(tmp_path), True)]
     cifar100_domains(tmp_path, ["fish"], validation=3, download=True)
     assert len(calls) == 1
+
+
+def test_further_tasks_join_them(binary, check_further_tasks):
+    check_further_tasks(partial(cifar100_domains, binary, TASKS[3:5], validation=3))

@@ -1,5 +1,7 @@
 """Cityscapes in each of its layouts: tiny trees in the exact format, sound and hostile."""
 
+from functools import partial
+
 import numpy
 import pytest
 import torch
@@ -202,3 +204,8 @@ def test_truncated_pictures_are_named(tmp_path):
         "depth/0.png",
         "part_seg/0.tif",
     ]
+
+
+def test_further_tasks_join_them(tmp_path, check_further_tasks):
+    write(tmp_path, PICTURES)
+    check_further_tasks(partial(cityscapes, tmp_path, validation=2))

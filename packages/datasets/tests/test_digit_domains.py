@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from sidetask_datasets import digit_domains
@@ -63,3 +65,7 @@ def test_domains_repeat_by_seed():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         digit_domains(**options)
+
+
+def test_further_tasks_join_them(check_further_tasks):
+    check_further_tasks(partial(digit_domains, train=7, validation=3, test=4, tasks=["high_72", "low_0"]))

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from sidetask_datasets import digits, draws
@@ -118,3 +120,7 @@ def test_attributes_follow_from_both_digits():
 def test_clothes_have_no_attributes(tmp_path):
     with pytest.raises(ValueError, match=r"unknown task 'large_sum'; there are: top_left, bottom_right$"):
         digits(source="fashion", root=tmp_path, tasks=["large_sum"])
+
+
+def test_further_tasks_join_them(check_further_tasks):
+    check_further_tasks(partial(digits, train=7, validation=3, test=4))

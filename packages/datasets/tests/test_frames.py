@@ -3,6 +3,7 @@
 import contextlib
 import io
 import pickle
+from functools import partial
 
 import numpy
 import pytest
@@ -84,15 +85,8 @@ def test_losses_and_metrics_take_what_was_read(tree):
         assert data.views[task.name].image(batch.target_of(task)[0]).shape == (*SIZE, 3)
 
 
-def test_a_noise_task_joins_them(tree):
-    plain, noisy = frames(tree[0], validation=1), frames(tree[0], validation=1, noise=True)
-    assert [(task.name, task.primary) for task in noisy.tasks][3:] == [("noise", False)]
-    maps = [getattr(noisy, split)[0].targets["noise"] for split in ("train", "validation", "test")]
-    assert {tuple(found.shape) for found in maps} == {(1, 1, *SIZE)}
-    assert len({found.sum().item() for found in maps}) == 3
-    assert torch.equal(noisy.train[0].targets["depth"], plain.train[0].targets["depth"])
-    assert torch.equal(frames(tree[0], validation=1, noise=True, seed=0).train[0].targets["noise"], maps[0])
-    assert not torch.equal(frames(tree[0], validation=1, noise=True, seed=1).train[0].targets["noise"], maps[0])
+def test_further_tasks_join_them(tree, check_further_tasks):
+    check_further_tasks(partial(frames, tree[0], validation=1))
 
 
 def test_only_the_folders_asked_for_are_read(tree):

@@ -5,7 +5,9 @@ from itertools import chain
 
 import pytest
 import torch
-from sidetask_datasets import Augmentation, Column, Dataset, JoinedSplit, ResidentSplit, View, tasks, with_noise
+from sidetask_core import Batch
+from sidetask_datasets import Augmentation, Column, Dataset, JoinedSplit, ResidentSplit, View, tasks
+from sidetask_datasets.joined import alone, beside, domains_of
 
 SIZES = {"a": 11, "b": 4, "c": 7}
 
@@ -137,7 +139,7 @@ def test_parts_that_do_not_fit_are_named():
             refused()
 
 
-def test_a_dataset_of_domains_knows_the_shape_of_its_inputs_and_takes_no_noise():
+def test_a_dataset_of_domains_knows_the_shape_of_its_inputs_and_gives_one_alone():
     view = View("label", classes=tuple(map(str, range(11))))
     data = Dataset(
         name="toy",
@@ -150,8 +152,27 @@ def test_a_dataset_of_domains_knows_the_shape_of_its_inputs_and_takes_no_noise()
     )
     assert data.input_shape == (3, 6, 8)
     assert data.to("cpu").input_shape == (3, 6, 8)
-    with pytest.raises(ValueError, match="dataset 'toy' has an input for every task"):
-        with_noise(replace(data, dense=True))
+    assert domains_of(data) == tuple(SIZES)
+    one = alone(data, "b")
+    assert domains_of(one) == ()
+    assert [(task.name, task.input) for task in one.tasks] == [("b", None)]
+    assert one.test[:].targets.keys() == {"b"}
+    assert len(one.train) == SIZES["b"]
+    with pytest.raises(ValueError, match="unknown domain 'd'; there are: a, b, c"):
+        alone(data, "d")
+    more = replace(
+        one,
+        tasks=(*one.tasks, tasks.noise("n")),
+        train=one.train.with_targets({"n": Column(torch.rand(4, 1), "vector")}),
+        outputs={**one.outputs, "n": 1},
+        views={**one.views, "n": View("vector")},
+    )
+    both = beside(data, "b", more)
+    assert [(task.name, task.input) for task in both.tasks] == [("a", "a"), ("b", "b"), ("c", "c"), ("n", "b")]
+    assert list(both.train.parts) == list(SIZES)
+    for plain, batch in zip(data.train.batches(3, seed=4), both.train.batches(3, seed=4), strict=True):
+        assert torch.equal(batch.targets["n"], more.train[batch.targets["b"]].targets["n"])
+        assert same(plain, Batch(batch.inputs, {name: batch.targets[name] for name in SIZES}))
 
 
 def test_domains_that_take_too_much_memory_are_streamed():

@@ -1,7 +1,21 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from sidetask_core import Method, SplitModel, Step
-from sidetask_datasets import Augmentation, Column, Dataset, ResidentSplit, View, digits, scenes, tasks, with_noise
+from sidetask_datasets import (
+    Augmentation,
+    Column,
+    Dataset,
+    JoinedSplit,
+    ResidentSplit,
+    View,
+    digit_domains,
+    digits,
+    scenes,
+    tasks,
+    with_noise,
+)
 from sidetask_datasets.noise import NoisySplit
 from sidetask_datasets.scenes.stream import Recipe, SceneStream
 
@@ -86,7 +100,7 @@ def test_new_scenes_of_a_stream_have_new_noise():
     assert not (first == second).all(dim=(1, 2, 3)).any()
     assert torch.equal(first, noise(NOISY.train))
     twice = SceneStream(Recipe(("depth",), SIZE), 24)
-    later = next(NoisySplit(twice, STREAM.train.key).batches(24, shuffle=False)).targets["noise"]
+    later = next(NoisySplit(twice, STREAM.train.key, STREAM.train.shape).batches(24, shuffle=False)).targets["noise"]
     assert torch.equal(later, torch.cat([first, second]))
 
 
@@ -155,9 +169,69 @@ def test_any_dense_dataset_takes_it():
         with_noise(data)
 
 
-def test_labels_of_whole_images_have_no_place_for_it():
-    with pytest.raises(ValueError, match="dataset 'digits' labels whole images"):
-        with_noise(digits(train=2, validation=2, test=2))
+def test_a_whole_image_has_one_number():
+    data = with_noise(digits(train=1500, validation=2, test=2), seed=3)
+    values = noise(data.train).double()
+    assert values.shape == (1500, 1)
+    assert abs(values.mean() - 1 / 2) * (12 * 1500) ** 0.5 < 4
+    assert abs(values.square().mean() - 1 / 3) * (45 / 4 * 1500) ** 0.5 < 4
+    centred = values.flatten() - 0.5
+    assert abs((centred[1:] * centred[:-1]).mean()) * 12 * 1499**0.5 < 4
+    assert data.outputs["noise"] == 1
+    # A bar from the lower edge, as high as the number.
+    picture = data.views["noise"].image(torch.tensor([0.25]))
+    assert (picture != 255).any(axis=(1, 2)).tolist() == [False] * 27 + [True] * 9
+
+
+DOMAINS = {"train": 9, "validation": 4, "test": 4, "tasks": ["low_0", "high_36", "low_72"]}
+
+
+def test_of_several_inputs_one_has_it():
+    plain = digit_domains(**DOMAINS)
+    for domain in (None, *DOMAINS["tasks"]):
+        data = with_noise(plain, domain=domain)
+        (task,) = (task for task in data.tasks if task.name == "noise")
+        chosen = domain or "low_0"
+        assert task.input == chosen
+        batch = next(data.train.batches(3))
+        assert torch.equal(batch.input_of(task), batch.inputs[chosen])
+        assert batch.target_of(task).shape == (3, 1)
+        for name, part in data.train.parts.items():
+            assert isinstance(part, NoisySplit) == (name == chosen)
+    with pytest.raises(ValueError, match="unknown domain 'low_3'; there are: low_0, high_36, low_72"):
+        with_noise(plain, domain="low_3")
+    with pytest.raises(ValueError, match="dataset 'digit_domains' has a task 'noise' already"):
+        with_noise(data, domain="low_72")
+    with pytest.raises(ValueError, match="dataset 'scenes' has no domain 'low_0': all tasks share one input"):
+        with_noise(PLAIN, domain="low_0")
+
+
+def test_where_its_domain_has_run_out_it_is_absent():
+    wide, short = digit_domains(**DOMAINS), digit_domains(**DOMAINS | {"train": 4})
+    parts = {name: (short if name == "low_72" else wide).train.parts[name] for name in DOMAINS["tasks"]}
+    uneven = replace(wide, train=JoinedSplit(parts))
+    for domain, expected in (("low_72", [3, 1, 0]), ("high_36", [3, 3, 3])):
+        data = with_noise(uneven, domain=domain)
+        found = [batch.targets["noise"] for batch in data.train.batches(3, shuffle=False, augment=False)]
+        assert [0 if target is None else len(target) for target in found] == expected
+        shuffled = [batch.targets["noise"] for batch in data.train.batches(3)]
+        assert [len(target) for target in shuffled] == [3, 3, 3]
+    # A step goes on without it.
+    data = with_noise(uneven, domain="low_72")
+    heads = {
+        name: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, count))
+        for name, count in data.outputs.items()
+    }
+    step = Step(SplitModel(torch.nn.Identity(), heads), data.tasks, Method())
+    absent = list(data.train.batches(3, shuffle=False))[-1]
+    assert step.backward(absent).losses["noise"] == 0
+    assert not any(p.grad is not None and p.grad.any() for p in heads["noise"].parameters())
+
+
+def test_inputs_of_another_kind_of_split_are_refused():
+    data = digit_domains(**DOMAINS)
+    with pytest.raises(ValueError, match="has domains, so its splits are JoinedSplits; validation is a NoisySplit"):
+        with_noise(replace(data, validation=NoisySplit(data.validation, 0, (1,))))
 
 
 @pytest.mark.parametrize("option", ["noise", "stream"])

@@ -1,6 +1,7 @@
 """NYUv2 in each of its layouts: tiny trees in the exact format, sound and hostile."""
 
 import pickle
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -348,3 +349,7 @@ def test_a_hostile_official_file_is_named(official, tmp_path):
         file["depths"] = numpy.zeros((5, 4, 4))
     with pytest.raises(DataErrors, match=r"images: expected \[None, 3, 640, 480\], found uint8 \[5, 3, 4, 4\]"):
         nyuv2(root, ["depth"], validation=1)
+
+
+def test_further_tasks_join_them(arrays, check_further_tasks):
+    check_further_tasks(partial(nyuv2, arrays[0], validation=2))

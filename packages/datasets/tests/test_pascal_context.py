@@ -1,5 +1,7 @@
 """PASCAL-Context's folders, tiny, sound and hostile."""
 
+from functools import partial
+
 import numpy
 import pytest
 import scipy.io
@@ -219,3 +221,7 @@ def test_what_was_prepared_is_not_decoded_again(tree, monkeypatch):
     prepare(find_source(pascal_context, tree[0], options))
     monkeypatch.setattr(cache, "_decode", None)
     assert len(pascal_context(tree[0], **options).train)
+
+
+def test_further_tasks_join_them(tree, check_further_tasks):
+    check_further_tasks(partial(pascal_context, tree[0], size=SHAPE, validation=1))

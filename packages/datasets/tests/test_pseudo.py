@@ -1,13 +1,25 @@
 """Labels of another model: written once, checked as they are read, moved with the images."""
 
+from dataclasses import replace
+
 import numpy
 import pytest
 import torch
 from sidetask_core import ExtraTasks, Method, MissingKey, SplitModel, Step, Uncertainty, plugins
-from sidetask_datasets import DataError, digits, pseudo_label, scenes, thresholded, with_pseudo
+from sidetask_datasets import (
+    DataError,
+    JoinedSplit,
+    digit_domains,
+    digits,
+    pseudo_label,
+    scenes,
+    thresholded,
+    with_noise,
+    with_pseudo,
+)
+from sidetask_datasets.dataset import SPLITS
 from sidetask_datasets.losses import distributed, soft_cross_entropy
 from sidetask_datasets.metrics import Agreement
-from sidetask_datasets.pseudo import SPLITS
 from torch import nn
 
 
@@ -446,6 +458,89 @@ def test_whole_images_have_soft_labels_only(tmp_path):
         numpy.savez(tmp_path / f"{name}.npz", labels=spread(len(getattr(data, name)), 4, 6, 6))
     with pytest.raises(ValueError, match="labels whole images, and so may its pseudo tasks"):
         with_pseudo(data, {"guess": tmp_path})
+
+
+def of_domain(domains, folder, domain="high_36", **options):
+    return pseudo_label(domains, folder, Teacher("soft"), domain=domain, kind="soft", **options)
+
+
+@pytest.fixture
+def domains():
+    return digit_domains(train=6, validation=3, test=4, tasks=["low_0", "high_36"])
+
+
+def test_labels_of_one_domain_are_of_its_images(domains, tmp_path):
+    folders = {name: of_domain(domains, tmp_path / name, name) for name in ("high_36", "low_0")}
+    data = with_pseudo(domains, {f"guess {name}": folder for name, folder in folders.items()})
+    assert [(task.name, task.input) for task in data.tasks[2:]] == [
+        ("guess high_36", "high_36"),
+        ("guess low_0", "low_0"),
+    ]
+    assert stored(folders["low_0"], "test")["domain"] == "low_0"
+    for name in SPLITS:
+        for batch in getattr(data, name).batches(2, seed=3, augment=False):
+            for domain, images in batch.inputs.items():
+                with torch.no_grad():
+                    expected = Teacher("soft")(images)
+                torch.testing.assert_close(batch.targets[f"guess {domain}"], expected, rtol=0, atol=2e-3)
+
+
+def test_pixels_of_one_domain_are_labelled_where_tasks_label_pixels(tmp_path):
+    parts = {name: scenes(size=(12, 16), train=4, validation=2, test=2, tasks=[name]) for name in ("depth", "edges")}
+    data = replace(
+        parts["depth"],
+        tasks=tuple(replace(part.tasks[0], input=name) for name, part in parts.items()),
+        **{split: JoinedSplit({name: getattr(part, split) for name, part in parts.items()}) for split in SPLITS},
+        outputs={"depth": 1, "edges": 1},
+        views={name: part.views[name] for name, part in parts.items()},
+    )
+    folder = pseudo_label(data, tmp_path, Teacher("segmentation"), domain="edges", threshold=0.2)
+    both = with_pseudo(with_noise(data), {"guess": folder})
+    assert [task.input for task in both.tasks] == ["depth", "edges", "depth", "edges"]
+    batch = next(both.train.batches(4))
+    assert batch.targets["guess"].shape == (4, 12, 16)
+    assert batch.targets["noise"].shape == (4, 1, 12, 16)
+
+
+def test_labels_of_no_domain_or_another_are_named(domains, rooms, tmp_path):
+    folder = of_domain(domains, tmp_path / "guess")
+    with pytest.raises(ValueError, match="at least one domain is needed; there are: low_0, high_36"):
+        pseudo_label(domains, tmp_path, Teacher("soft"), kind="soft")
+    with pytest.raises(ValueError, match="unknown domain 'low_36'; there are: low_0, high_36"):
+        of_domain(domains, tmp_path, "low_36")
+    with pytest.raises(ValueError, match="dataset 'scenes' has no domain 'high_36': all tasks share one input"):
+        of_domain(rooms, tmp_path)
+    with pytest.raises(DataError, match=r"train.npz: holds labels of 'high_36', not of 'low_0'; label into another"):
+        of_domain(domains, folder, "low_0")
+    with pytest.raises(DataError, match=r"train.npz: holds labels of 'high_36'; 'scenes' has no domains: all tasks"):
+        with_pseudo(rooms, {"guess": folder})
+    fewer = digit_domains(train=6, validation=3, test=4, tasks=["low_0"])
+    with pytest.raises(DataError, match=r"train.npz: holds labels of 'high_36'; 'digit_domains' has the domains low_0"):
+        with_pseudo(fewer, {"guess": folder})
+    others = digit_domains(train=6, validation=3, test=4, tasks=["low_0", "high_36"], seed=1)
+    with pytest.raises(DataError, match=r"train.npz: its labels are of other images than those of 'digit_domains'"):
+        with_pseudo(others, {"guess": folder})
+    with pytest.raises(ValueError, match="dataset 'digit_domains' has a task 'low_0' already"):
+        with_pseudo(domains, {"low_0": folder})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"domain": "low_0", "images": None}, "holds labels of 'low_0', train.npz holds labels of 'high_36'"),
+        ({"domain": None}, "does not say in 'domain' whose images its labels are of: low_0, high_36"),
+        ({"domain": 3}, "holds labels of ''; 'digit_domains' has the domains low_0, high_36"),
+        ({"labels": spread(2, 5)}, r"labels \[2, 5\] of a split of 3 samples"),
+    ],
+    ids=str,
+)
+def test_files_of_a_domain_that_do_not_fit_are_named(domains, tmp_path, changes, message):
+    path = of_domain(domains, tmp_path) / "validation.npz"
+    arrays = stored(tmp_path, "validation") | changes
+    numpy.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    with pytest.raises(DataError, match=message) as caught:
+        with_pseudo(domains, {"guess": tmp_path})
+    assert str(caught.value).startswith(str(path))
 
 
 def test_from_names_alone(tmp_path):

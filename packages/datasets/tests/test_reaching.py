@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from sidetask_datasets import reaching
@@ -120,3 +122,8 @@ def test_demonstrations_repeat_by_seed_and_differ_between_splits():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         reaching(**options)
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_further_tasks_join_them(state, check_further_tasks):
+    check_further_tasks(partial(reaching, **FEW, tasks=["retreat", "reach_red"], state=state))

@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,3 +290,8 @@ def test_a_changed_picture_of_any_camera_is_decoded_again(tree):
     after = rlbench(root, **options).test.parts["push_button"][:].inputs
     assert torch.equal(before[:, :3], after[:, :3])
     assert (before[:, 3:] != after[:, 3:]).any()
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_further_tasks_join_them(tree, state, check_further_tasks):
+    check_further_tasks(partial(rlbench, tree[0], **OPTIONS, state=state))

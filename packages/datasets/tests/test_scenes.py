@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from sidetask_datasets import scenes
@@ -216,3 +218,7 @@ def test_dice_do_not_run_out_in_silence():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         scenes(**options)
+
+
+def test_further_tasks_join_them(check_further_tasks):
+    check_further_tasks(partial(scenes, SIZE, 7, 3, 4))

@@ -1,6 +1,7 @@
 """Both versions of Virtual KITTI, tiny, sound and hostile."""
 
 import shutil
+from functools import partial
 
 import numpy
 import pytest
@@ -233,3 +234,7 @@ def test_what_was_prepared_is_not_decoded_again(first, monkeypatch):
     prepare(find_source(virtual_kitti, first, options))
     monkeypatch.setattr(cache, "_decode", None)
     assert len(virtual_kitti(first, **options).train)
+
+
+def test_further_tasks_join_them(first, check_further_tasks):
+    check_further_tasks(partial(virtual_kitti, first, variations=["clone"]))

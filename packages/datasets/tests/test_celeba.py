@@ -122,6 +122,30 @@ def test_lines_are_checked(tree, file, line, message):
     fails(tree[0], message)
 
 
+def test_all_bad_lines_of_both_lists_are_named_together(tree):
+    attributes, partition = tree[0] / "Anno/list_attr_celeba.txt", tree[0] / "Eval/list_eval_partition.txt"
+    for path, changes in (
+        (attributes, {2: "One Two", 3: "000001.jpg 1", 5: "a/b.jpg" + 40 * " 1"}),
+        (partition, {1: "000001.jpg", 4: "000002.jpg 0"}),
+    ):
+        lines = path.read_text().splitlines()
+        for number, line in changes.items():
+            lines[number - 1] = line
+        path.write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        celeba_source(tree[0])
+    assert caught.value.problems == (
+        f"{attributes}, line 2: expected the names of CelebA's 40 attributes",
+        f"{attributes}, line 3: expected 40 times 1 or -1 after the name",
+        f"{attributes}, line 5: 'a/b.jpg' is not the name of an image",
+        f"{partition}, line 1: expected 0, 1 or 2 after the name",
+        f"{partition}, line 4: '000002.jpg' is there already",
+    )
+    for nothing in ("", "0\n", "0\n\n"):
+        attributes.write_text(nothing)
+        fails(tree[0], "line 2: expected the names of CelebA's 40 attributes")
+
+
 def test_files_are_checked(tree):
     root, _ = tree
     folder = root / "Img" / "img_align_celeba"

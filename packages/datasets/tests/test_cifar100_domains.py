@@ -136,7 +136,7 @@ def test_what_is_wrong_with_a_file_is_named(binary, data):
     (folder / "coarse_label_names.txt").write_text("fish\nflowers\n")
     fails(binary, r"_label_names\.txt: the coarse classes are not CIFAR-100's: fish, flowers")
     (folder / "coarse_label_names.txt").unlink()
-    fails(binary, r"coarse_label_names\.txt: cannot be read as a list of names: .*No such file")
+    fails(binary, r"coarse_label_names\.txt: cannot be read as text: .*No such file")
     (folder / "test.bin").unlink()
     (folder / "coarse_label_names.txt").write_text("\n".join(TASKS))
     fails(binary, r"test\.bin: cannot be read: .*No such file")
@@ -144,6 +144,18 @@ def test_what_is_wrong_with_a_file_is_named(binary, data):
     write_binary(binary / "new" / "cifar-100-binary", data)
     with pytest.raises(ValueError, match="fish: with 20 images, 20 for validation leave none"):
         cifar100_domains(binary / "new", ["fish"], validation=20)
+
+
+def test_what_is_wrong_with_several_files_comes_together(binary):
+    folder = binary / "cifar-100-binary"
+    (folder / "test.bin").write_bytes(b"short")
+    (folder / "coarse_label_names.txt").write_text("fish\n")
+    (folder / "fine_label_names.txt").write_text("\n".join(names("fine")[:99]))
+    with pytest.raises(DataError) as caught:
+        cifar100_domains(binary)
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [
+        str(folder / name) for name in ("coarse_label_names.txt", "fine_label_names.txt", "test.bin")
+    ]
 
 
 def test_a_pickle_that_would_run_something_runs_nothing(tmp_path):

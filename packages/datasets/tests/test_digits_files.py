@@ -155,3 +155,14 @@ def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch, source, name):
     for _ in range(2):
         assert len(digits(**FEW, source=source, root=tmp_path, download=True).test) == 8
     assert calls == [(str(tmp_path), True)]
+
+
+def test_what_is_wrong_with_several_files_comes_together(folder):
+    for name in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        (folder / name).write_bytes(b"short")
+    with pytest.raises(DataError) as caught:
+        digits(**FEW, source="mnist", root=folder)
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [
+        str(folder / "train-images-idx3-ubyte"),
+        str(folder / "t10k-labels-idx1-ubyte"),
+    ]

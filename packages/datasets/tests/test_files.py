@@ -20,7 +20,17 @@ from sidetask_datasets import (
     rlbench,
     virtual_kitti,
 )
-from sidetask_datasets.files import is_file, is_folder, missing, read_picture
+from sidetask_datasets.files import (
+    DataErrors,
+    each_line,
+    is_file,
+    is_folder,
+    missing,
+    read_ids,
+    read_lists,
+    read_picture,
+    together,
+)
 
 READERS = {
     "nyuv2": nyuv2,
@@ -131,3 +141,70 @@ def test_what_is_there_is_told_from_what_is_not_and_from_what_cannot_be_known(tm
         is_file(Path("a\0b"))
     too_long = tmp_path / ("x" * 300)
     assert missing([file, loop, too_long]) == [f"{loop}: no such file", f"{too_long}: File name too long"]
+
+
+def problems(read, *arguments):
+    with pytest.raises(DataError) as caught:
+        read(*arguments)
+    assert str(caught.value).startswith(caught.value.problems[0])
+    return list(caught.value.problems)
+
+
+def test_all_bad_lines_of_all_lists_are_named_together(tmp_path):
+    paths = {split: tmp_path / f"{split}.txt" for split in ("train", "validation", "test")}
+    paths["train"].write_text("1\n../2\n\n1\n" + "x" * 300 + "\n2\n")
+    paths["validation"].write_text("3\n")
+    paths["test"].write_text("4\n4\n")
+    rule = "is not an id: letters, digits, '_', '-' and single dots, not beginning with a dot"
+    expected = [
+        f"{paths['train']}, line 2: '../2' {rule}",
+        f"{paths['train']}, line 4: '1' is there already, in line 1",
+        f"{paths['train']}, line 5: an id of 300 characters; 200 at most",
+        f"{paths['test']}, line 2: '4' is there already, in line 1",
+    ]
+    assert problems(read_lists, paths) == expected
+    assert problems(read_ids, paths["train"]) == expected[:3]
+    paths["train"].write_text("1\n2\n")
+    paths["validation"].unlink()
+    assert [problem.split(":")[0] for problem in problems(read_lists, paths)] == [
+        str(paths["validation"]),
+        f"{paths['test']}, line 2",
+    ]
+    paths["validation"].write_text("5\n2\n1\n")
+    paths["test"].write_text("4\n")
+    assert problems(read_lists, paths) == [
+        f"{paths['validation']}: '1' is also in {paths['train']} (2 shared); splits must be disjoint"
+    ]
+    paths["validation"].write_text("3\n")
+    assert read_lists(paths) == {"train": ["1", "2"], "validation": ["3"], "test": ["4"]}
+
+
+@pytest.mark.parametrize("bad", [1, 20, 21, 500])
+def test_of_many_bad_lines_the_first_are_named_and_the_others_counted(tmp_path, bad):
+    path = tmp_path / "list.txt"
+    path.write_text("good\n\n" + bad * "bad\n")
+    taken = []
+
+    def take(number, line):
+        if line != "good":
+            raise ValueError("not good")
+        taken.append(number)
+
+    found = problems(each_line, path, take)
+    assert found[:20] == [f"{path}, line {number}: not good" for number in range(3, 3 + min(bad, 20))]
+    assert found[20:] == ([f"{path}: something is wrong with {bad - 20} more lines"] if bad > 20 else [])
+    assert taken == [1]
+
+
+def test_what_is_wrong_with_several_files_comes_together_and_once():
+    def fail(*messages):
+        raise DataErrors(messages) if len(messages) > 1 else DataError(*messages)
+
+    assert together(lambda: 1, lambda: "two") == [1, "two"]
+    assert problems(together, lambda: fail("a: x", "b: y"), lambda: 3, lambda: fail("c: z"), lambda: fail("b: y")) == [
+        "a: x",
+        "b: y",
+        "c: z",
+    ]
+    with pytest.raises(KeyError):  # what is no fault of a file is not kept for later
+        together(lambda: {}["key"], lambda: fail("a: x"))

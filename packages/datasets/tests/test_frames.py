@@ -137,9 +137,9 @@ def test_lists_are_checked(tree):
     (root / "train.txt").write_text("\n \n")
     fails(root, r"train\.txt: holds no id")
     (root / "train.txt").write_bytes(b"\xff\xfe\x00")
-    fails(root, r"train\.txt: cannot be read as a list of ids")
+    fails(root, r"train\.txt: cannot be read as text")
     (root / "train.txt").unlink()
-    fails(root, r"train\.txt: cannot be read as a list of ids: .*No such file")
+    fails(root, r"train\.txt: cannot be read as text: .*No such file")
 
 
 def test_a_missing_root_is_named(tmp_path):

@@ -204,7 +204,7 @@ def test_lists_and_missing_files_are_named(tree):
     fails(root, r"val\.txt: '2010_000004' is also in")
     (root / "ImageSets/Context/train.txt").write_text(f"{TRAIN[0]}\n")
     fails(root, "with 1 samples, 1 for validation leave none to train on", tasks=["segmentation"])
-    fails(root / "nowhere", r"train\.txt: cannot be read as a list of ids")
+    fails(root / "nowhere", r"train\.txt: cannot be read as text")
 
 
 def test_only_the_files_asked_for_are_needed(tree):

@@ -208,6 +208,22 @@ def test_an_encoding_is_checked(tmp_path, line, message):
         read_encoding(path)
 
 
+def test_all_bad_lines_of_all_encodings_are_listed_beside_missing_files(first):
+    folder = first / "vkitti_1.3.1_scenegt"
+    names = [folder / f"{world}_{variation}_scenegt_rgb_encoding.txt" for world, variation in FIRST[:2]]
+    for path in names:
+        path.write_text("Category r g b\nCar 1 2\nBuilding 140 140 140\nShip 1 2 3\n")
+    lost = first / "vkitti_1.3.1_depthgt/0001/clone/00002.png"
+    lost.unlink()
+    found = virtual_kitti_source(first).problems
+    assert [problem.split(": ")[0] for problem in found] == [
+        str(lost),
+        *(f"{path}, line {number}" for path in names for number in (2, 4)),
+    ]
+    with pytest.raises(DataError, match="unknown class 'Ship'"):
+        prepare(virtual_kitti_source(first))
+
+
 def test_an_undefined_class_is_unlabelled(tmp_path):
     path = tmp_path / "colors.txt"
     path.write_text("Category r g b\nUndefined 0 0 0\nCar 0 0 1\n")

@@ -10,7 +10,7 @@ The tree, as its authors publish it or as torchvision keeps it (in a folder "cel
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.adapter import MEAN, STD, Folder, Target, read_dataset
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import SPLITS, Dataset, check_seed, check_size, check_switches, choose, choose_primary
-from sidetask_datasets.files import DataError, is_file, is_folder, listed, missing, read_picture
+from sidetask_datasets.files import DataError, each_line, is_file, is_folder, listed, missing, read_picture, together
 from sidetask_datasets.noise import with_noise
 from sidetask_datasets.source import Field, Source
 from sidetask_datasets.view import View
@@ -107,8 +107,8 @@ def celeba(
 
     Raises:
         DataError: beginning with the path of the file at fault: a list or image that is missing or damaged, an image of
-            another size, a line that is not as above, a name that could leave the folder. All problems of the images
-            come together.
+            another size, a line that is not as above, a name that could leave the folder. All problems of the lists
+            come together, and all of the images.
         ValueError: for an unknown task, a share outside 0 to 1, or a switch that is neither true nor false.
     """
     names = choose("task", tasks, ATTRIBUTES)
@@ -148,8 +148,7 @@ def _find(root: Folder, size: Sequence[int] | None, share: float) -> tuple[Sourc
         raise ValueError(f"share is above 0 and at most 1, found {share!r}")
     root = Path(root)
     attributes, partition, folder = _layout(root)
-    labels = _labels(attributes)
-    lists = _partition(partition)
+    labels, lists = together(partial(_labels, attributes), partial(_partition, partition))
     named = {name for names in lists.values() for name in names}
     problems = [f"{attributes}: has no line for {name}" for name in sorted(named - labels.keys())]
     problems += [f"{partition}: has no line for {name}" for name in sorted(labels.keys() - named)]
@@ -194,51 +193,51 @@ def _layout(root: Path) -> tuple[Path, Path, Path]:
 
 def _labels(path: Path) -> dict[str, NDArray[numpy.int16]]:
     """Image name to its 40 labels, 1 or 0."""
-    lines = _lines(path)
-    if len(lines) < 2 or tuple(lines[1].split()) != ATTRIBUTES:
-        raise DataError(f"{path}, line 2: expected the names of CelebA's {len(ATTRIBUTES)} attributes")
+    head: dict[int, str] = {}
     found: dict[str, NDArray[numpy.int16]] = {}
     values = {"1": 1, "-1": 0}
-    for number, line in enumerate(lines[2:], start=3):
-        name, *words = line.split() or [""]
-        if not name:
-            continue
-        _check_name(path, number, name, found)
+    names = f"expected the names of CelebA's {len(ATTRIBUTES)} attributes"
+
+    def take(number: int, line: str) -> None:
+        name, *words = line.split()
+        if number <= 2:
+            head[number] = line
+            if number == 2 and (name, *words) != ATTRIBUTES:
+                raise ValueError(names)
+            return
+        _check_name(name, found)
         if len(words) != len(ATTRIBUTES) or not all(word in values for word in words):
-            raise DataError(f"{path}, line {number}: expected {len(ATTRIBUTES)} times 1 or -1 after the name")
+            raise ValueError(f"expected {len(ATTRIBUTES)} times 1 or -1 after the name")
         found[name] = numpy.array([values[word] for word in words], numpy.int16)
-    if lines[0].strip() != str(len(found)):
-        raise DataError(f"{path}: says that it has {lines[0].strip()[:20]!r} images, and has {len(found)}")
+
+    each_line(path, take)
+    if 2 not in head:
+        raise DataError(f"{path}, line 2: {names}")
+    if head.get(1) != str(len(found)):
+        raise DataError(f"{path}: says that it has {head.get(1, '')[:20]!r} images, and has {len(found)}")
     return found
 
 
 def _partition(path: Path) -> dict[str, list[str]]:
-    lists: dict[str, list[str]] = {split: [] for split in SPLITS}
-    seen: set[str] = set()
-    for number, line in enumerate(_lines(path), start=1):
-        words = line.split()
-        if not words:
-            continue
-        _check_name(path, number, words[0], seen)
-        if len(words) != 2 or words[1] not in ("0", "1", "2"):
-            raise DataError(f"{path}, line {number}: expected 0, 1 or 2 after the name")
-        seen.add(words[0])
-        lists[SPLITS[int(words[1])]].append(words[0])
-    return lists
+    """For each split the names of its images."""
+    found: dict[str, str] = {}
+
+    def take(_: int, line: str) -> None:
+        name, *words = line.split()
+        _check_name(name, found)
+        if words not in (["0"], ["1"], ["2"]):
+            raise ValueError("expected 0, 1 or 2 after the name")
+        found[name] = SPLITS[int(words[0])]
+
+    each_line(path, take)
+    return {split: [name for name, own in found.items() if own == split] for split in SPLITS}
 
 
-def _check_name(path: Path, number: int, name: str, seen: Iterable[str]) -> None:
+def _check_name(name: str, seen: Container[str]) -> None:
     if not _NAME.fullmatch(name):
-        raise DataError(f"{path}, line {number}: {name!r} is not the name of an image")
+        raise ValueError(f"{name!r} is not the name of an image")
     if name in seen:
-        raise DataError(f"{path}, line {number}: {name!r} is there already")
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
+        raise ValueError(f"{name!r} is there already")
 
 
 def _fetch(root: Path) -> None:

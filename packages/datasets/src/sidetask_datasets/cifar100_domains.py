@@ -11,8 +11,9 @@ The tree, of either version that its authors publish::
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -25,7 +26,7 @@ from sidetask_datasets import tasks as task_kinds
 from sidetask_datasets.augment import Augmentation
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
-from sidetask_datasets.files import DataError, is_file, is_folder
+from sidetask_datasets.files import DataError, each_line, is_file, is_folder, together
 from sidetask_datasets.joined import JoinedSplit
 from sidetask_datasets.noise import with_noise
 from sidetask_datasets.stored import ResidentSplit
@@ -169,21 +170,17 @@ def _read(root: Path, download: bool) -> _Files:
         folder = _find(root)
     if folder is None:
         raise DataError(f"{root}: holds neither {_BINARY} nor {_PYTHON}; download=True fetches the latter")
+    kinds = ("coarse", "fine")
     if is_file(folder / "train.bin"):
-        names_file = folder / "fine_label_names.txt"
-        coarse, names = (_lines(folder / f"{kind}_label_names.txt") for kind in ("coarse", "fine"))
+        named = [partial(_names, kind, folder / f"{kind}_label_names.txt", _lines) for kind in kinds]
         files = {split: folder / f"{split}.bin" for split in COUNTS}
-        found = {split: _read_binary(path, COUNTS[split]) for split, path in files.items()}
+        pixels = [partial(_read_binary, path, COUNTS[split]) for split, path in files.items()]
     else:
-        names_file = folder / "meta"
-        meta = read_pickle(names_file)
-        coarse, names = (_texts(names_file, meta, f"{kind}_label_names") for kind in ("coarse", "fine"))
+        named = [partial(_names, kind, folder / "meta", partial(_texts, key=f"{kind}_label_names")) for kind in kinds]
         files = {split: folder / split for split in COUNTS}
-        found = {split: _read_python(path, COUNTS[split]) for split, path in files.items()}
-    if coarse != TASKS:
-        raise DataError(f"{names_file}: the coarse classes are not CIFAR-100's: {', '.join(coarse[:3])}, …")
-    if len(names) != _FINE or len(set(names)) != _FINE:
-        raise DataError(f"{names_file}: expected {_FINE} different names, found {len(set(names))}")
+        pixels = [partial(_read_python, path, COUNTS[split]) for split, path in files.items()]
+    _, names, *read = together(*named, *pixels)
+    found: dict[str, _Images] = dict(zip(files, read, strict=True))
     for split, images in found.items():
         for kind, ids, count in (("coarse", images.coarse, len(TASKS)), ("fine", images.fine, _FINE)):
             if ids.max() >= count:
@@ -211,11 +208,20 @@ def _find(root: Path) -> Path | None:
     return None
 
 
+def _names(kind: str, path: Path, read: Callable[[Path], tuple[str, ...]]) -> tuple[str, ...]:
+    """The names of coarse or fine classes."""
+    names = read(path)
+    if kind == "coarse" and names != TASKS:
+        raise DataError(f"{path}: the coarse classes are not CIFAR-100's: {', '.join(names[:3])}, …")
+    if kind == "fine" and not len(names) == len(set(names)) == _FINE:
+        raise DataError(f"{path}: expected {_FINE} different names, found {len(set(names))}")
+    return names
+
+
 def _lines(path: Path) -> tuple[str, ...]:
-    try:
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a list of names: {error}") from error
+    names: list[str] = []
+    each_line(path, lambda _, name: names.append(name))
+    return tuple(names)
 
 
 def _read_binary(path: Path, count: int) -> _Images:
@@ -250,8 +256,8 @@ def _read_python(path: Path, count: int) -> _Images:
     return _Images(pixels.reshape(count, 3, SIZE, SIZE), ids["coarse"], ids["fine"])
 
 
-def _texts(path: Path, found: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    values = found.get(key)
+def _texts(path: Path, key: str) -> tuple[str, ...]:
+    values = read_pickle(path).get(key)
     if not isinstance(values, list) or not all(isinstance(value, str | bytes) for value in values):
         raise DataError(f"{path}: expected {key!r}, a list of names")
     return tuple(value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values)

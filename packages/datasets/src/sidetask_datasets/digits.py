@@ -19,6 +19,7 @@ import gzip
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -29,7 +30,7 @@ from torch.nn import functional
 from sidetask_datasets import draws, tasks
 from sidetask_datasets.columns import Column
 from sidetask_datasets.dataset import Dataset, check_counts, check_seed, check_switches, choose, choose_primary
-from sidetask_datasets.files import DataError, is_file
+from sidetask_datasets.files import DataError, is_file, together
 from sidetask_datasets.noise import with_noise
 from sidetask_datasets.split import Split
 from sidetask_datasets.stored import ResidentSplit
@@ -168,22 +169,24 @@ def _file_pools(source: str, root: Path, download: bool, seed: int) -> _Pools:
         folder = _folder(source, root)
     if folder is None:
         raise DataError(f"{root}: holds no train-images-idx3-ubyte, with or without .gz; download=True fetches it")
-    found = {}
-    for name in ("train", "t10k"):
-        images, labels = _idx_path(folder, f"{name}-images-idx3"), _idx_path(folder, f"{name}-labels-idx1")
-        tiles, ids = read_idx(images, (TILE, TILE)), read_idx(labels)
-        if len(ids) != len(tiles):
-            raise DataError(f"{labels}: has {len(ids)} labels, {images.name} has {len(tiles)} images")
-        if ids.max() > 9:
-            raise DataError(f"{labels}: label {int(ids.max())}; there are 10 classes")
-        found[name] = (tiles, ids.to(torch.int16))
-    tiles, ids = found["train"]
+    (tiles, ids), test = together(partial(_read_pair, folder, "train"), partial(_read_pair, folder, "t10k"))
     order = draws.permutation(draws.key(seed, "digits"), len(tiles))
     held = order[: max(len(tiles) // 6, 1)]
     rest = order[len(held) :]
     if not len(rest):
         raise DataError(f"{folder}: one image to train on is too few")
-    return {"train": (tiles[rest], ids[rest]), "validation": (tiles[held], ids[held]), "test": found["t10k"]}
+    return {"train": (tiles[rest], ids[rest]), "validation": (tiles[held], ids[held]), "test": test}
+
+
+def _read_pair(folder: Path, name: str) -> tuple[Tensor, Tensor]:
+    """Tiles and labels of one pair of files."""
+    images, labels = _idx_path(folder, f"{name}-images-idx3"), _idx_path(folder, f"{name}-labels-idx1")
+    tiles, ids = together(partial(read_idx, images, (TILE, TILE)), partial(read_idx, labels))
+    if len(ids) != len(tiles):
+        raise DataError(f"{labels}: has {len(ids)} labels, {images.name} has {len(tiles)} images")
+    if ids.max() > 9:
+        raise DataError(f"{labels}: label {int(ids.max())}; there are 10 classes")
+    return tiles, ids.to(torch.int16)
 
 
 def _folder(source: str, root: Path) -> Path | None:

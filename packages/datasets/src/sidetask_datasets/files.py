@@ -8,6 +8,8 @@ import stat
 import threading
 import tokenize
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from PIL import Image
 # numpy reads headers by ast.literal_eval, which in Python 3.11 fails now and then while another thread does the same.
 _HEADERS = threading.Lock()
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_SAID = 20  # of the lines of a list that are wrong: all may be
 _LONGEST = 200  # file systems end names at 255 bytes, and an ending follows
 _PIXELS_PER_BYTE = 10_000  # deflate makes 1032 bytes of one, and a byte holds eight pixels of two colours
 _MODES = {
@@ -52,61 +55,119 @@ _BROKEN = (
 class DataError(ValueError):
     """Something is wrong with a file; the message begins with its path."""
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, a line each, beginning with a path."""
+        return (str(self),)
+
 
 class DataErrors(DataError):
     """Something is wrong with several files; the first line of the message names one and says how many more.
 
-    Attributes:
+    Args:
         problems: one line each, beginning with a path.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
-        first, *others = self.problems
+        self._problems = tuple(problems)
+        first, *others = self._problems
         more = f" (and {len(others)} more problems)" if others else ""
         super().__init__("\n".join([first + more, *others]))
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, a line each, beginning with a path."""
+        return self._problems
+
+
+def together(*readers: Callable[[], Any]) -> list[Any]:
+    """What each of some readers of files gives.
+
+    Raises:
+        DataErrors: what is wrong with any of the files.
+    """
+    found: list[Any] = []
+    problems: list[str] = []
+    for read in readers:
+        try:
+            found.append(read())
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataErrors(list(dict.fromkeys(problems)))
+    return found
+
+
+def each_line(path: Path, take: Callable[[int, str], None]) -> None:
+    """Go through the lines of a UTF-8 text file that are not empty.
+
+    Args:
+        path: of the file.
+        take: is called with the number of each line, from 1, and the line, without blanks at its ends; raises a
+            ValueError that says what is wrong with it.
+
+    Raises:
+        DataError: if the file cannot be read.
+        DataErrors: for what is wrong with its lines: the first 20, and how many more there are.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}") from error
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line := line.strip():
+                take(number, line)
+        except ValueError as error:
+            problems.append(f"{path}, line {number}: {error}")
+    if len(problems) > _SAID:
+        problems[_SAID:] = [f"{path}: something is wrong with {len(problems) - _SAID} more lines"]
+    if problems:
+        raise DataErrors(problems)
 
 
 def read_ids(path: Path) -> list[str]:
     """The ids in a UTF-8 text file, one a line; empty lines are skipped.
 
     Raises:
-        DataError: if the file cannot be read or holds no id, and, naming the line, for an id that is there twice, is
-            too long or is anything but letters, digits, ``_``, ``-`` and single dots: it becomes part of a path.
+        DataError: if the file cannot be read or holds no id.
+        DataErrors: naming every line with an id that is there already, is too long or is anything but letters, digits,
+            ``_``, ``-`` and single dots: it becomes part of a path.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a list of ids: {error}") from error
     ids: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        name = line.strip()
-        if not name:
-            continue
+
+    def take(number: int, name: str) -> None:
         if not _ID.fullmatch(name) or ".." in name:
-            raise DataError(
-                f"{path}, line {number}: {name!r} is not an id: letters, digits, '_', '-' and single dots, "
-                "not beginning with a dot"
+            raise ValueError(
+                f"{name!r} is not an id: letters, digits, '_', '-' and single dots, not beginning with a dot"
             )
         if len(name) > _LONGEST:
-            raise DataError(f"{path}, line {number}: an id of {len(name)} characters; {_LONGEST} at most")
+            raise ValueError(f"an id of {len(name)} characters; {_LONGEST} at most")
         if name in ids:
-            raise DataError(f"{path}, line {number}: {name!r} is there already, in line {ids[name]}")
+            raise ValueError(f"{name!r} is there already, in line {ids[name]}")
         ids[name] = number
+
+    each_line(path, take)
     if not ids:
         raise DataError(f"{path}: holds no id")
     return list(ids)
 
 
-def check_apart(first: Path, ids: Iterable[str], second: Path, others: Iterable[str]) -> None:
-    """Refuse ids that two lists share.
+def read_lists(files: Mapping[str, Path]) -> dict[str, list[str]]:
+    """The ids of each split, see `read_ids`.
 
     Raises:
-        DataError: naming the first of them.
+        DataErrors: what is wrong with any of the lists.
+        DataError: if two of them share ids, naming the first.
     """
-    shared = sorted(set(ids) & set(others))
-    if shared:
-        raise DataError(f"{second}: {shared[0]!r} is also in {first} ({len(shared)} shared); splits must be disjoint")
+    lists = dict(zip(files, together(*(partial(read_ids, path) for path in files.values())), strict=True))
+    for one, other in combinations(files, 2):
+        if shared := sorted(set(lists[one]) & set(lists[other])):
+            raise DataError(
+                f"{files[other]}: {shared[0]!r} is also in {files[one]} ({len(shared)} shared); splits must be disjoint"
+            )
+    return lists
 
 
 def check_ids(path: Path, pixels: NDArray[Any], classes: int) -> None:

@@ -25,13 +25,12 @@ from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
 from sidetask_datasets.dataset import Dataset, check_size, choose
 from sidetask_datasets.files import (
     DataError,
-    check_apart,
     check_ids,
     first_size,
     is_folder,
     missing,
     picture_size,
-    read_ids,
+    read_lists,
     read_picture,
 )
 from sidetask_datasets.source import Field, Item, Source
@@ -114,9 +113,7 @@ def frames_source(
     root = Path(root)
     if not is_folder(root):
         raise DataError(f"{root}: no such folder; it should hold train.txt, test.txt and the pictures")
-    train_file, test_file = root / "train.txt", root / "test.txt"
-    lists = {"train": read_ids(train_file), "test": read_ids(test_file)}
-    check_apart(train_file, lists["train"], test_file, lists["test"])
+    lists = read_lists({split: root / f"{split}.txt" for split in ("train", "test")})
     splits: dict[str, list[dict[str, Item]]] = {}
     for split, ids in lists.items():
         splits[split] = []

@@ -29,13 +29,12 @@ from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
 from sidetask_datasets.dataset import Dataset, check_size, choose
 from sidetask_datasets.files import (
     DataError,
-    check_apart,
     check_ids,
     is_folder,
     missing,
     nearest,
     picture_size,
-    read_ids,
+    read_lists,
     read_picture,
 )
 from sidetask_datasets.matlab import read_mat
@@ -148,9 +147,7 @@ def pascal_context_source(root: Folder, tasks: Sequence[str] = TASKS, *, size: S
     shape = check_size(size) or (512, 512)
     root = Path(root)
     lists_folder = root / "ImageSets" / "Context"
-    files = {"train": lists_folder / "train.txt", "test": lists_folder / "val.txt"}
-    lists = {split: read_ids(path) for split, path in files.items()}
-    check_apart(files["train"], lists["train"], files["test"], lists["test"])
+    lists = read_lists({"train": lists_folder / "train.txt", "test": lists_folder / "val.txt"})
     segmentation = next((f for f in ("VOC12", "pascal-context") if is_folder(root / "semseg" / f)), "VOC12")
     places = {
         "segmentation": ("semseg/" + segmentation, "png"),

@@ -31,7 +31,16 @@ from numpy.typing import NDArray
 from sidetask_datasets import draws
 from sidetask_datasets.adapter import MEAN, STD, Folder, read_dense
 from sidetask_datasets.dataset import Dataset, check_seed, check_size, choose
-from sidetask_datasets.files import DataError, first_size, is_folder, listed, paired, picture_size, read_picture
+from sidetask_datasets.files import (
+    DataError,
+    each_line,
+    first_size,
+    is_folder,
+    listed,
+    paired,
+    picture_size,
+    read_picture,
+)
 from sidetask_datasets.frames import read_colour
 from sidetask_datasets.source import Field, Item, Source
 
@@ -171,10 +180,14 @@ def virtual_kitti_source(
     problems: list[str] = []
     patterns = _FIRST_FILES if places else _SECOND_FILES
     for folders, encoding in places or second:
-        palette = read_encoding(encoding) if "segmentation" in names else ()
         wanted_folders = {name: folders[name] for name in ("image", *names)}
         numbers, wrong = paired(wanted_folders, patterns)
         problems += wrong
+        try:
+            palette = read_encoding(encoding) if "segmentation" in names else ()
+        except DataError as error:
+            problems += error.problems
+            continue
         for number in numbers:
             paths = {name: folder / patterns[name].format(number) for name, folder in wanted_folders.items()}
             sample: dict[str, Item] = {name: (path, paths["image"]) for name, path in paths.items()}
@@ -213,27 +226,27 @@ def read_encoding(path: Path) -> tuple[tuple[int, int], ...]:
     """What colours mean: pairs of a colour, as red · 65536 + green · 256 + blue, and a class id, by colour.
 
     Raises:
-        DataError: naming the line, for one that is not "Class r g b" or "Class:instance r g b", a class that Virtual
-            KITTI does not have, or a colour of two classes.
+        DataErrors: naming every line that is not "Class r g b" or "Class:instance r g b", has a class that Virtual
+            KITTI does not have, or the colour of another class.
+        DataError: if the file cannot be read, or names no class.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
     palette: dict[int, int] = {}
-    for number, line in enumerate(lines[1:], start=2):
+
+    def take(number: int, line: str) -> None:
+        if number == 1:
+            return
         words = line.split()
-        if not words:
-            continue
         name = words[0].split(":")[0]
         if len(words) != 4 or not all(re.fullmatch("[0-9]{1,3}", word) and int(word) < 256 for word in words[1:]):
-            raise DataError(f"{path}, line {number}: expected a class and three numbers from 0 to 255, found {line!r}")
+            raise ValueError(f"expected a class and three numbers from 0 to 255, found {line!r}")
         if name not in CLASSES and name != "Undefined":
-            raise DataError(f"{path}, line {number}: unknown class {name!r}; there are: {', '.join(CLASSES)}")
+            raise ValueError(f"unknown class {name!r}; there are: {', '.join(CLASSES)}")
         red, green, blue = map(int, words[1:])
         code, id_ = red << 16 | green << 8 | blue, _UNLABELLED if name == "Undefined" else CLASSES.index(name)
         if palette.setdefault(code, id_) != id_:
-            raise DataError(f"{path}, line {number}: {words[0]} has the colour of another class")
+            raise ValueError(f"{words[0]} has the colour of another class")
+
+    each_line(path, take)
     if not palette:
         raise DataError(f"{path}: names no class")
     return tuple(sorted(palette.items()))

@@ -59,7 +59,8 @@ def digit_domains(
         device: where the images live.
 
     Raises:
-        ValueError: for an unknown task, or more images than the split has scans of a domain's digits.
+        ValueError: for an unknown task, more images than the split has scans of a domain's digits, or a switch that is
+            neither true nor false.
 
     >>> data = digit_domains(train=8, validation=2, test=2, tasks=["low_0", "high_36"])
     >>> batch = next(data.train.batches(4))

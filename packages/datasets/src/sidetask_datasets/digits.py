@@ -104,7 +104,8 @@ def digits(
 
     Raises:
         DataError: beginning with the path of a file that is missing, damaged, or not what its name says.
-        ValueError: for an unknown task or source, fewer than 1 image, or a root that is missing or not needed.
+        ValueError: for an unknown task or source, fewer than 1 image, a root that is missing or not needed, or a switch
+            that is neither true nor false.
 
     >>> data = digits(train=8, validation=2, test=2)
     >>> batch = next(data.train.batches(4))

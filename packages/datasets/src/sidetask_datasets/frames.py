@@ -84,7 +84,7 @@ def frames(  # noqa: D417 -- what all adapters take is described in one place
         DataError: a ValueError that begins with the path of the file at fault: a root, list or picture that is missing,
             an id that could leave the folder, is repeated or is in both splits, an empty list, a picture that cannot be
             decoded or has other pixels or another size than expected, a class id that has no name. Nothing left to
-            train on. All problems of the pictures come together, in one `DataErrors`.
+            train on. All problems of the lists come together, and then all of the pictures, in one `DataErrors`.
         ValueError: for an unknown task or loss, or a switch that is neither true nor false.
     """
     return read_dense(

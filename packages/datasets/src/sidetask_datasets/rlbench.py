@@ -106,7 +106,8 @@ def rlbench(
         DataError: beginning with the path at fault: a folder or file that is missing, fewer than three episodes, a
             pickle in place of arrays, arrays that are no floats [L, S], hold what is not finite, or are of other
             lengths, a picture that is missing, surplus, damaged or of another size.
-        ValueError: for an unknown camera or loss, or a task that is no name of a folder.
+        ValueError: for an unknown camera or loss, a task that is no name of a folder, or a switch that is neither true
+            nor false.
     """
     names = choose("task", tasks, tasks)
     wanted = choose_primary(primary, names)

@@ -298,6 +298,7 @@ def moments(rule):
 
 @pytest.mark.parametrize("options", [{}, {"constraint": "nonnegative", "weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("when", WHENS)
+@pytest.mark.thorough
 def test_a_sample_learns_as_all_do_and_the_others_keep_what_they_have(when, options):
     tasks, data = tiny_tasks("abcde"), batches(8, names="abcde")
     drawn = set()

@@ -100,6 +100,7 @@ def test_the_optimum_of_uncertainty_weighting_is_approached_as_the_wandering_shr
 
 
 @pytest.mark.parametrize(("walk", "particles"), [(0.05, 1000), (0.2, 200)])
+@pytest.mark.thorough
 def test_at_constant_losses_the_estimate_settles_at_the_inverse_loss(given, walk, particles):
     rule, losses = PUW(TASKS, walk=walk, particles=particles, seed=11), (0.1, 2.0, 30.0)
     expected, variance = limit(walk)

@@ -113,6 +113,7 @@ def small():
     ]
 
 
+@pytest.mark.thorough
 def test_a_run_records_it_and_a_report_shows_it(tmp_path):
     experiment = load_experiment("scenes-classwise", [*small(), "rows={single: {network: {cut: 0}}, equal: {}}"])
     compare(experiment, tmp_path / "c", seeds=[0, 1])

@@ -146,6 +146,7 @@ def test_demo_is_both_presets(sidetask: Callable[..., Result], monkeypatch: pyte
         assert len(experiment.seeds) >= 2
 
 
+@pytest.mark.thorough
 def test_two_processes_train_one_run(
     tiny: Callable[..., Path], load: Callable[..., Experiment], tmp_path: Path, python: Any
 ) -> None:
@@ -188,6 +189,7 @@ app(arguments, prog_name="sidetask")
 """
 
 
+@pytest.mark.thorough
 def test_two_processes_of_which_one_is_killed_end_as_if_none_had_been(
     tiny: Callable[..., Path], tmp_path: Path, python: Any, outcome: Any
 ) -> None:

@@ -94,12 +94,14 @@ def rank_of(rank, world):
     return rank, world
 
 
+@pytest.mark.thorough
 def test_a_process_that_fails_is_reported_and_does_not_spoil_the_next_call():
     with pytest.raises(RuntimeError, match="rank 1 failed"):
         in_two_processes(fails_on_one)
     assert sorted(in_two_processes(rank_of)) == [(0, 2), (1, 2)]
 
 
+@pytest.mark.thorough
 def test_two_processes_that_someone_has_killed_are_replaced():
     in_two_processes(rank_of)
     pool = processes._pair()

@@ -89,6 +89,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.thorough
 def test_a_loss_that_was_zero_for_long_is_known_again(optimizer):
     rule = Uncertainty(TASKS)
     descent = OPTIMIZERS[optimizer](rule.parameters())

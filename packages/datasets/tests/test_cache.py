@@ -84,6 +84,7 @@ def test_fields_are_cached_apart(folder):
 
 
 @pytest.mark.parametrize("jobs", [1, 2, None])
+@pytest.mark.thorough
 def test_processes_and_threads_decode_alike(folder, jobs):
     check(prepare(make(folder), jobs=jobs))
 
@@ -166,6 +167,7 @@ def test_all_problems_are_listed_and_only_their_chunks_are_read_again(folder):
     )
 
 
+@pytest.mark.thorough
 def test_a_killed_preparation_goes_on(folder, own_cache):
     source = make(folder, ["a"])
     (folder / "a39").write_text("slow")
@@ -186,6 +188,7 @@ def test_a_killed_preparation_goes_on(folder, own_cache):
     assert "a0" not in reads(folder)
 
 
+@pytest.mark.thorough
 def test_of_two_processes_that_ask_at_once_one_works(folder, own_cache):
     make(folder, ["a"])
     code = (

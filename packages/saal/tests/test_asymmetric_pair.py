@@ -8,6 +8,7 @@ A seed stands for many such pairs, which are drawn, trained and judged one besid
 more than how the tasks share.
 """
 
+import pytest
 import torch
 from sidetask_core import Batch, SplitModel, Step, Task
 from sidetask_saal import enumerate_transfers, saal_e
@@ -134,6 +135,7 @@ def outcome(seed, **how):
     }
 
 
+@pytest.mark.thorough
 def test_what_helps_is_found_and_helps_without_the_harm():
     """With noise enough that who hurts is beyond chance; `asymmetric_pair.py` of the benchmarks has five others."""
     relations, by = outcome(0, labels=100, noise=1.5)

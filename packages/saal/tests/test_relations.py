@@ -63,6 +63,7 @@ def pool():
         yield pool
 
 
+@pytest.mark.thorough
 def test_every_kind_of_executor_gives_the_same_relations(pool, tmp_path):
     alone = enumerate_transfers(train, tasks(), progress=silent)
     with ThreadPoolExecutor(3) as threads:
@@ -244,6 +245,7 @@ def test_executors_that_all_break_end(tmp_path):
     assert found.failed == dict.fromkeys(["a", "b", "c", "a+b", "a+c", "b+c"], "BrokenExecutor: gone")
 
 
+@pytest.mark.thorough
 def test_a_whole_enumeration_that_is_killed_goes_on(tmp_path):
     """By a signal that nothing can catch, from outside, in the midst of a training."""
     script = """

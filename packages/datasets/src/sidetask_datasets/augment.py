@@ -241,18 +241,17 @@ class _Crops:
     """
 
     def __init__(self, motion: Motion) -> None:
-        self.motion = motion
+        self.motions = [motion[index] for index in range(len(motion.scale))]
         self.still = (motion.scale == 1.0).tolist()
         self.flip = motion.flip.tolist()
         places = zip(motion.source(*motion.size), motion.size, strict=True)
         self.rows, self.columns = (_Side(place.flatten(1), side) for place, side in places)
 
     def read(self, index: int, column: Column, row: Tensor, out: Tensor) -> None:
-        motion = self.motion[index]
         if self.still[index]:
             column.expand(row.flip(-1) if self.flip[index] else row, out)
             if self.flip[index]:
-                motion.turn_(column.kind, out)
+                self.motions[index].turn_(column.kind, out)
             return
         seen = row[..., self.rows.seen[index], self.columns.seen[index]]
         if column.kind == "image":
@@ -262,7 +261,9 @@ class _Crops:
             column.expand(wide, wide)
             torch.lerp(_taken(wide, high, -2), _taken(wide, low, -2), down[:, None], out=out)
         else:
-            wide = motion.turn_(column.kind, column.expand(_taken(seen, self.columns.nearest[index], -1)))
+            wide = column.expand(_taken(seen, self.columns.nearest[index], -1))
+            if self.flip[index] or column.kind != "normals":
+                self.motions[index].turn_(column.kind, wide)
             # "clip" writes into `out` without a copy between; there is nothing to be clipped.
             numpy.take(wide.numpy(), self.rows.nearest[index], axis=-2, out=out.numpy(), mode="clip")
 

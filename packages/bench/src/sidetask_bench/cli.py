@@ -227,15 +227,14 @@ def describe_dataset(
     found = describe(data)
     console = _console()
     splits = {name: getattr(data, name) for name in ("train", "validation", "test")}
-    table = Table("", *splits)
-    table.add_row("samples", *(str(len(split)) for split in splits.values()))
+    rows: list[list[str] | None] = [["samples", *(str(len(split)) for split in splits.values())]]
     for task, labels in found.items():
-        table.add_section()
+        rows.append(None)
         numbers = data.views[task].kind in ("scalar", "normals", "vector")
         for value in labels["train"]:
             form = "{:.4g}" if numbers and value != "unlabelled" else "{:.2%}"
-            table.add_row(f"{task}: {value}", *(form.format(labels[split][value]) for split in splits))
-    console.print(table)
+            rows.append([f"{task}: {value}", *(form.format(labels[split][value]) for split in splits)])
+    console.print(tables.Blocks(["", *splits], rows))
     if gallery is not None:
         gallery.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(sheet(data, samples)).save(gallery, format="PNG")
@@ -301,12 +300,12 @@ def relations(
     found = enumerate_relations(loaded, folder, **options) if estimated is None else estimated.truth
     console.print(_matrix("source, improves by %", found.tasks, found.improvement))
     if estimated is not None:
-        table = Table("Spearman's rank correlation with it", *found.tasks, "mean")
+        rows = []
         for name, ranks in estimated.correlations.items():
             known = ranks[np.isfinite(ranks)]
             shown = [*ranks.tolist(), float(known.mean()) if len(known) else float("nan")]
-            table.add_row(name, *["–" if value != value else f"{value:+.2f}" for value in shown])
-        console.print(table)
+            rows.append([name, *["–" if value != value else f"{value:+.2f}" for value in shown]])
+        console.print(tables.Blocks(["Spearman's rank correlation with it", *found.tasks, "mean"], rows))
     path = folder / "relations.json"
     console.print(f"method: {{name: saal-e, relations: {path}}}", soft_wrap=True, markup=False, highlight=False)
     _leave_out(found.failed if estimated is None else estimated.failed)
@@ -332,25 +331,26 @@ def grouping(
     console = _console()
     folder = folder or runs / loaded.name / "grouping"
     found = compare_groupings(loaded, folder, rows=row, jobs=jobs, overwrite=overwrite, display=_display(console))
-    table = Table("improves on the task alone by %", *found.tasks)
+    shown = []
     for entry in found.entries:
         cells = []
         for task in found.tasks:
             change = entry.improvement.get(task, {"mean": None, "std": None})
-            shown = tables.with_deviation(change["mean"], change["std"], tables.IMPROVEMENT_PLACES, sign=True)
-            cells.append(f"{shown} *" if found.best.get(task) == entry.name else shown)
-        table.add_row(entry.name, *cells)
-    console.print(table)
+            value = tables.with_deviation(change["mean"], change["std"], tables.IMPROVEMENT_PLACES, sign=True)
+            cells.append(f"{value} *" if found.best.get(task) == entry.name else value)
+        shown.append([entry.name, *cells])
+    console.print(tables.Blocks(["improves on the task alone by %", *found.tasks], shown))
     console.print("* the combination that is best for the task on the validation split")
     console.print(f"grouping: {folder / 'grouping.png'}", soft_wrap=True, markup=False, highlight=False)
     _leave_out(found.failed)
 
 
-def _matrix(title: str, tasks: Sequence[str], values: Any) -> Table:
-    table = Table(title, *tasks)
-    for source, row in zip(tasks, values.tolist(), strict=True):
-        table.add_row(source, *["" if value != value else f"{value:+.2f}" for value in row])
-    return table
+def _matrix(title: str, tasks: Sequence[str], values: Any) -> tables.Blocks:
+    rows = [
+        [source, *["" if value != value else f"{value:+.2f}" for value in row]]
+        for source, row in zip(tasks, values.tolist(), strict=True)
+    ]
+    return tables.Blocks([title, *tasks], rows)
 
 
 def _leave_out(failed: Mapping[str, str]) -> None:
@@ -463,7 +463,7 @@ def _say_report(folder: Path, console: Console) -> None:
 
 
 def _console() -> Console:
-    """Outside a terminal there is no width to keep to, and a table that is cut off says nothing."""
+    """Outside a terminal there is no width to keep to, and the fewer blocks a table is in, the better."""
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, 160))
 

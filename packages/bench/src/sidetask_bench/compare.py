@@ -15,6 +15,7 @@ from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, RunConfig
 from sidetask_bench.progress import Display
 from sidetask_bench.schema import ExperimentError, plain
+from sidetask_bench.selection import judges
 from sidetask_bench.workers import Pool, train_all
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def compare(
     dataset = make_dataset(experiment.dataset)
     breakdown.check(experiment.breakdown, dataset)
     for configs in runs.values():
+        judges(dataset.tasks, configs[0].training.select_by)
         make_step(configs[0], dataset)
     if (jobs > 1 or pool is not None) and parallel.world() > 1:
         raise ExperimentError("--jobs, --ray: torchrun's processes share each run already; take one or the other")

@@ -162,7 +162,8 @@ def run_of(base: RunConfig, tasks: Sequence[str], *, shared_bottom: bool = True)
         dataset=Plugin(base.dataset.name, {**options, "tasks": list(tasks)}),
         network=Plugin(base.network.name, network),
         method="equal",
-        # It may be by a task that is not there.
+        # These may be by a task that is not there.
+        training=replace(base.training, select_by=None),
         breakdown={},
     )
 

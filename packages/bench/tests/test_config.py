@@ -184,5 +184,5 @@ def test_figures_of_a_paper_are_numbers_or_spans(tmp_path: Path) -> None:
 def test_only_last_epochs_that_there_are_can_be_averaged_and_none_chooses_them(
     load: Callable[..., Experiment], changes: list[str]
 ) -> None:
-    with pytest.raises(ExperimentError, match="training: (average is of|select_by names)"):
+    with pytest.raises(ExperimentError, match=r"training: (average is of|select_by names)"):
         load(*changes)

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace

@@ -28,9 +28,10 @@ def sizes(source: str | Path, assignments: Iterable[str] = ()) -> list[Experimen
     path = Path(source)
     stem = path.name.removesuffix(path.suffix) if path.suffix in (".yaml", ".yml") else path.name
     full = stem.removesuffix(SMALL)
-    names = [path.with_name(path.name.replace(stem, name, 1)) for name in (full, full + SMALL)]
-    found = [load_experiment(str(name), assignments) for name in names]
-    for experiment in found:
+    found = []
+    for name in (full, full + SMALL):
+        experiment = load_experiment(str(path.with_name(path.name.replace(stem, name, 1))), assignments)
+        found.append(experiment)
         if experiment.paper is None:
             raise ExperimentError(
                 f"{experiment.name} has no key paper: it is not a paper's table; use sidetask compare"

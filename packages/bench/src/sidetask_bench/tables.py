@@ -221,8 +221,8 @@ def unit(comparison: Mapping[str, Any]) -> float | None:
     """
     network = comparison.get("config", {}).get("network")
     for row in comparison["rows"]:
-        if row["name"] == "equal" or (row["method"] in ("equal", {"name": "equal"}) and row["network"] == network):
-            return float(row["seconds_per_step"])
+        if row["name"] == "equal" or (row["method"] in ("equal", {"name": "equal"}) and row.get("network") == network):
+            return float(row["seconds_per_step"]) if row.get("seconds_per_step") else None
     return None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from sidetask_bench import load_experiment
+from sidetask_bench.assemble import check_options
 from sidetask_core import Task, plugins
 
 ROOT = Path(__file__).parents[2]
@@ -40,9 +41,12 @@ def test_the_experiments_load_and_their_methods_can_be_made(path, block, tmp_pat
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text(yaml.safe_dump(REST | yaml.safe_load(textwrap.dedent(block))), encoding="utf-8")
     loaded = load_experiment(experiment)
+    check_options(plugins.find("datasets", loaded.dataset.name), loaded.dataset, "dataset", given=0)
     tasks = [Task(name, loss=lambda p, y: (p - y).abs()) for name in ("segmentation", "depth", "parts")]
     for row in [None, *loaded.rows]:
-        plugins.make_method(loaded.run(row, 0).method, tasks)
+        run = loaded.run(row, 0)
+        check_options(plugins.find("networks", run.network.name), run.network, "network", given=1)
+        plugins.make_method(run.method, tasks)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,15 +1,18 @@
 import errno
 import json
 import os
+import queue
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
-from sidetask_bench import Experiment, ExperimentError, tables, train
+from sidetask_bench import Experiment, ExperimentError, tables, train, workers
 from sidetask_bench.cli import app
 from sidetask_bench.document import presets
+from sidetask_bench.progress import Display
 from sidetask_datasets import frames as factory
 from typer.testing import CliRunner, Result
 
@@ -124,6 +127,66 @@ def test_a_seed_that_no_generator_takes(sidetask: Callable[..., Result], tiny: C
     done = sidetask("train", tiny(), "--seed", 2**70)
     assert done.exit_code == 2
     assert done.stderr.startswith("error: seed: expected 0 to 4294967295")
+
+
+class Desk:
+    """A pool that makes every run at once, here."""
+
+    made: ClassVar[list[tuple[int, str]]] = []
+
+    def __init__(self, at_once: int, address: str) -> None:
+        self.made.append((at_once, address))
+        self.events: Any = queue.SimpleQueue()
+
+    def submit(self, *job: Any) -> Future[dict[str, Any]]:
+        done: Future[dict[str, Any]] = Future()
+        done.set_result(workers.attempt(*job))
+        return done
+
+    def close(self, *, now: bool) -> None:
+        assert not now
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("command", "pools"),
+    [
+        ("compare", 1),
+        ("table", 2),
+        ("relations", 1),
+        ("relations --estimates", 2),
+        ("relations --ablate --row saal-w", 1),
+        ("grouping", 1),
+    ],
+)
+def test_a_cluster_takes_the_runs_of_every_command_that_makes_several(
+    sidetask: Callable[..., Result],
+    tiny: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: str,
+    pools: int,
+) -> None:
+    monkeypatch.setattr("sidetask_bench.cluster.Cluster", Desk)
+    monkeypatch.setattr(workers, "_this", workers._Worker(Display()))
+    monkeypatch.setattr(Desk, "made", [])
+    relations = "runs/tiny-small/relations/relations.json"
+    rows = {
+        "single": {"network": {"cut": 0}},
+        "saal-w": {"method": "saal-w"},
+        "saal-e": {"method": {"name": "saal-e", "relations": relations}},
+    }
+    if command != "table":
+        del rows["saal-e"]
+    paper = {"source": "A. Author", "size": "big"}
+    network = {"name": "small", "widths": [4, 8], "cut": 1}
+    text = tiny(network=network, rows=rows, paper=paper).read_text()
+    for name in ("tiny", "tiny-small"):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("name: tiny\n", f"name: {name}\n"))
+    name, *options = command.split()
+    done = sidetask(name, tmp_path / "tiny-small.yaml", *options, "--jobs", 2, "--ray", "somewhere", *SHORT)
+    assert done.exit_code == 0, done.output
+    assert Desk.made == [(2, "somewhere")] * pools
 
 
 def test_list_names_everything_with_its_distribution(sidetask: Callable[..., Result]) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from sidetask_bench import Experiment, ExperimentError, compare
+from sidetask_bench.grouping import compare_groupings
 from sidetask_bench.progress import Display
+from sidetask_bench.relations import enumerate_relations
 
 ray = pytest.importorskip("ray", reason="Ray is not installed, so that no cluster is tested")
 from sidetask_bench.cluster import Cluster  # noqa: E402 (what it needs is known to be there)
@@ -72,6 +74,15 @@ def test_runs_there_are_the_runs_here(
             "show",
             "finished",
         ]
+
+
+def test_relations_and_groupings_there_are_those_here(load: Loader, tmp_path: Path) -> None:
+    experiment = load("training.epochs=1")
+    here, there = (
+        (enumerate_relations(experiment, folder / "r", **how).rows, compare_groupings(experiment, folder / "g", **how))
+        for folder, how in ((tmp_path / "here", {}), (tmp_path / "there", {"jobs": 2, "pool": ON_CLUSTER}))
+    )
+    assert here == there
 
 
 def holder(lock: Path) -> int | None:

@@ -173,7 +173,16 @@ def test_figures_of_a_paper_are_numbers_or_spans(tmp_path: Path) -> None:
             load_experiment(written(tmp_path, below=BELOW), [f"paper.time.equal={wrong}"])
 
 
-@pytest.mark.parametrize("changes", [["training.average=2"], ["training.average=9", "training.select=last"]])
-def test_only_last_epochs_that_there_are_can_be_averaged(load: Callable[..., Experiment], changes: list[str]) -> None:
-    with pytest.raises(ExperimentError, match="training: average is of"):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["training.average=2"],
+        ["training.average=9", "training.select=last"],
+        ["training.select_by=[a]", "training.select=last"],
+    ],
+)
+def test_only_last_epochs_that_there_are_can_be_averaged_and_none_chooses_them(
+    load: Callable[..., Experiment], changes: list[str]
+) -> None:
+    with pytest.raises(ExperimentError, match=r"training: (average is of|select_by names)"):
         load(*changes)

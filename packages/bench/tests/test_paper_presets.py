@@ -246,6 +246,21 @@ def test_training_is_that_of_the_protocols(names: list[str], expected: dict[str,
         assert {key: training[key] for key in expected} == expected, name
 
 
+@pytest.mark.parametrize("name", [name for full in SMALL if "classwise" in full for name in (full, f"{full}-small")])
+def test_epochs_of_class_wise_rows_are_chosen_by_the_task_they_are_for(name: str) -> None:
+    experiment = load_experiment(name)
+    chosen = {}
+    for row in experiment.rows:
+        config = experiment.run(row, 0)
+        by, method = config.training.select_by, config.method
+        if isinstance(method, dict) and method["name"] == "classwise":
+            assert by == (method["main"],), row
+        chosen[row] = by
+    first, second = (str(task) for task in experiment.dataset.options["tasks"])
+    assert (chosen["equal-for-depth"], chosen["equal-for-segmentation"]) == ((first,), (second,))
+    assert chosen["single"] is chosen["pareto-0"] is None
+
+
 def test_seeds_and_attributes_are_those_of_the_papers() -> None:
     seeds = {"saal": 3, "autolambda": 3, "ial": 5}
     for name in SMALL:

@@ -35,7 +35,7 @@ def test_each_size_has_its_own_columns(pair: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["table", str(pair), "--small", "--runs", str(runs)])
     assert result.exit_code == 0, result.output
     text = (runs / "saal-small" / "paper.md").read_text()
-    assert text.splitlines()[2] == "|  | improvement, paper | here, small | time, paper | here, small |"
+    assert text.splitlines()[2] == "|  | improvement, paper | improvement, small | time, paper | time, small |"
     assert re.search(r"\| equal \| .* \| 1\.00 to 1\.20 \| 1\.00 \|", text), text
     assert "Paper: A. Author 2020, Table 1; big pictures, 200 epochs." in text
     assert "Here, small: digits (train 48, validation 20, test 24), small (widths 4×8), 1 epochs, 2 seeds" in text

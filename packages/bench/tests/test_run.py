@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -252,6 +253,15 @@ def test_the_best_epoch_by_validation_is_tested(load: Loader, tmp_path: Path) ->
             right = (predictions[task.name].argmax(1) == batch.targets[task.name]).double().mean().item()
             assert result["test"][task.name]["accuracy"] == pytest.approx(right, abs=1e-6)
         assert config.training.select == select
+
+
+@pytest.mark.parametrize("task", ["top_left", "bottom_right"])
+def test_one_task_can_choose_the_epoch(load: Loader, tmp_path: Path, task: str) -> None:
+    result = train(load(f"training.select_by=[{task}]", "training.epochs=4").run(None, 0), tmp_path / "run")
+    epochs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [record["validation"][task]["accuracy"] for record in epochs]
+    assert result["epoch"] == found.index(max(found))
+    assert [record["score"] for record in epochs] == pytest.approx([math.log(max(value, 1e-6)) for value in found])
 
 
 def test_tasks_that_share_nothing_are_tested_at_their_own_best_epochs(load: Loader, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,12 @@ from sidetask_core import StepFailure, relative_improvement_by_task
 from sidetask_bench import drawing, plots, storage
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, RunConfig
-from sidetask_bench.progress import Display
 from sidetask_bench.relations import Finished, Group, csv_text, definition_of
 from sidetask_bench.schema import ExperimentError
+from sidetask_bench.workers import Running
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,7 @@ def ablate_transfers(
     *,
     row: str | None = None,
     seed: int | None = None,
-    jobs: int = 1,
-    overwrite: bool = False,
-    display: Display | None = None,
+    **how: Unpack[Running],
 ) -> Ablation:
     """Train a row with all its transfers, and once more for each of them with its gate off.
 
@@ -59,9 +60,7 @@ def ablate_transfers(
         folder: see above.
         row: which; the experiment's base if None.
         seed: instead of the experiment's first.
-        jobs: so many runs at a time, each in its own process.
-        overwrite: train again, whatever the folder holds.
-        display: shows progress; nothing by default.
+        how: jobs, overwrite, display and pool; see `sidetask_bench.workers.Running`.
 
     Raises:
         ExperimentError: if the row's method adds no self-auxiliaries, or for what the experiment asks for and does not
@@ -84,7 +83,7 @@ def ablate_transfers(
     for name, (source, target) in pairs.items():
         off = changed(base, row=f"without-{source}-to-{target}", method=_without(base.method, name))
         runs[name,] = off
-    done = Finished.train(runs, folder, dataset, experiment.dataset, jobs, overwrite, display or Display())
+    done = Finished.train(runs, folder, dataset, experiment.dataset, **how)
     tasks = tuple(task.name for task in dataset.tasks)
     effect = np.full((len(tasks), len(tasks)), np.nan)
     found, failed = {}, {}

@@ -30,7 +30,7 @@ def make_dataset(plugin: Plugin) -> Dataset:
     """
     with blaming("dataset", plugin.name):
         factory = plugins.find("datasets", plugin.name)
-        _check_options(factory, plugin, "dataset", given=0)
+        check_options(factory, plugin, "dataset", given=0)
         if "device" in plugin.options:
             runtime.find_device(str(plugin.options["device"]), "dataset.device")
         return factory(**plugin.options)
@@ -45,7 +45,7 @@ def make_model(config: RunConfig, dataset: Dataset) -> SplitModel:
     torch.manual_seed(config.seed)
     with blaming("network", config.network.name):
         factory = plugins.find("networks", config.network.name)
-        _check_options(factory, config.network, "network", given=1)
+        check_options(factory, config.network, "network", given=1)
         model: SplitModel = factory(dataset, **config.network.options)
     return model
 
@@ -85,7 +85,7 @@ def blaming(what: str, name: Any) -> Iterator[None]:
         raise ExperimentError(f"{what} {name!r}: {first_line(error)}") from error
 
 
-def _check_options(factory: Any, plugin: Plugin, path: str, given: int) -> None:
+def check_options(factory: Any, plugin: Plugin, path: str, given: int) -> None:
     """Find a misspelt option before Python does, to suggest the right one; `given` arguments are not the user's."""
     parameters = list(inspect.signature(factory).parameters.values())[given:]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

@@ -25,7 +25,7 @@ from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_bench.run import train as run_training
 from sidetask_bench.runtime import cores, processes
 from sidetask_bench.schema import ExperimentError, plain
-from sidetask_bench.workers import Pool
+from sidetask_bench.workers import Running
 
 app = typer.Typer(
     help="Train and compare multi-task and auxiliary-learning methods.",
@@ -41,6 +41,10 @@ Assignments = Annotated[
 Runs = Annotated[Path, typer.Option("--runs", help="Where experiments get their folders.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again, whatever the folder holds.")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time, each in its own process.", min=1)]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto for this machine's, local for a new one."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -104,23 +108,15 @@ def compare(
     folder: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
     runs: Runs = Path("runs"),
     jobs: Jobs = 1,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto for this machine's, local for a new one."),
-    ] = None,
+    ray: Ray = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train every row with every seed, and write table and report; finished runs are kept."""
     loaded = load_experiment(experiment, assignments or ())
     words = ["sidetask", "compare", experiment, *(word for each in assignments or () for word in ("--set", each))]
-    pool = None
-    if ray is not None:
-        from sidetask_bench.cluster import Cluster
-
-        pool = functools.partial(Cluster, address=ray)
-    folder = folder or runs / loaded.name
-    failed = _compare(loaded, folder, jobs, overwrite, shlex.join(words), _console(), pool)
-    if failed:
+    console = _console()
+    how = _running(console, jobs, ray, overwrite)
+    if _compare(loaded, folder or runs / loaded.name, shlex.join(words), console, how):
         raise typer.Exit(1)
 
 
@@ -132,6 +128,7 @@ def paper_table(
     small: Annotated[bool, typer.Option("--small", help="Run EXPERIMENT-small, which takes minutes.")] = False,
     runs: Runs = Path("runs"),
     jobs: Jobs = 1,
+    ray: Ray = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Run a paper's table, or go on with it, and print it beside the paper's figures, each size in its own columns.
@@ -148,8 +145,8 @@ def paper_table(
     if papers.needs_relations(chosen, runs):
         from sidetask_bench.relations import enumerate_relations  # here, because matplotlib is slow to import
 
-        enumerate_relations(chosen, runs / chosen.name / "relations", jobs=jobs, display=_display(console))
-    failed = _compare(chosen, runs / chosen.name, jobs, overwrite, command, console)
+        enumerate_relations(chosen, runs / chosen.name / "relations", **_running(console, jobs, ray))
+    failed = _compare(chosen, runs / chosen.name, command, console, _running(console, jobs, ray, overwrite))
     if parallel.rank() == 0:
         table = papers.Table.of(sizes, runs)
         console.print(table.terminal())
@@ -173,9 +170,9 @@ def demo(
     failed = False
     # A run of the demo is on one thread, so that its numbers are the same on every machine of a kind.
     for name in ("digits", "scenes"):
-        command = f"sidetask compare {name}"
-        at_once = jobs or cores()
-        failed |= _compare(load_experiment(name), runs / name, at_once, overwrite, command, _console())
+        console = _console()
+        how = _running(console, jobs or cores(), None, overwrite)
+        failed |= _compare(load_experiment(name), runs / name, f"sidetask compare {name}", console, how)
     if failed:
         raise typer.Exit(1)
 
@@ -227,15 +224,14 @@ def describe_dataset(
     found = describe(data)
     console = _console()
     splits = {name: getattr(data, name) for name in ("train", "validation", "test")}
-    table = Table("", *splits)
-    table.add_row("samples", *(str(len(split)) for split in splits.values()))
+    rows: list[list[str] | None] = [["samples", *(str(len(split)) for split in splits.values())]]
     for task, labels in found.items():
-        table.add_section()
+        rows.append(None)
         numbers = data.views[task].kind in ("scalar", "normals", "vector")
         for value in labels["train"]:
             form = "{:.4g}" if numbers and value != "unlabelled" else "{:.2%}"
-            table.add_row(f"{task}: {value}", *(form.format(labels[split][value]) for split in splits))
-    console.print(table)
+            rows.append([f"{task}: {value}", *(form.format(labels[split][value]) for split in splits)])
+    console.print(tables.Blocks(["", *splits], rows))
     if gallery is not None:
         gallery.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(sheet(data, samples)).save(gallery, format="PNG")
@@ -269,6 +265,7 @@ def relations(
     folder: Annotated[Path | None, typer.Option(help="The folder of all trainings.")] = None,
     runs: Runs = Path("runs"),
     jobs: Jobs = 1,
+    ray: Ray = None,
     overwrite: Overwrite = False,
     estimates: Annotated[bool, typer.Option("--estimates", help="Set cheaper estimates beside it.")] = False,
     ablate: Annotated[bool, typer.Option("--ablate", help="Switch each connection of a row off instead.")] = False,
@@ -289,24 +286,24 @@ def relations(
         raise ExperimentError("--row goes with --ablate")
     loaded = load_experiment(experiment, assignments or ())
     console = _console()
-    options: dict[str, Any] = {"seed": seed, "jobs": jobs, "overwrite": overwrite, "display": _display(console)}
+    how = _running(console, jobs, ray, overwrite)
     if ablate:
         folder = folder or runs / loaded.name / f"ablation-{row or 'base'}"
-        effects = ablate_transfers(loaded, folder, row=row, **options)
+        effects = ablate_transfers(loaded, folder, row=row, seed=seed, **how)
         console.print(_matrix("source, its connection gives %", effects.tasks, effects.effect))
         _leave_out(effects.failed)
         return
     folder = folder or runs / loaded.name / "relations"
-    estimated = estimate_relations(loaded, folder, **options) if estimates else None
-    found = enumerate_relations(loaded, folder, **options) if estimated is None else estimated.truth
+    estimated = estimate_relations(loaded, folder, seed=seed, **how) if estimates else None
+    found = enumerate_relations(loaded, folder, seed=seed, **how) if estimated is None else estimated.truth
     console.print(_matrix("source, improves by %", found.tasks, found.improvement))
     if estimated is not None:
-        table = Table("Spearman's rank correlation with it", *found.tasks, "mean")
+        rows = []
         for name, ranks in estimated.correlations.items():
             known = ranks[np.isfinite(ranks)]
             shown = [*ranks.tolist(), float(known.mean()) if len(known) else float("nan")]
-            table.add_row(name, *["–" if value != value else f"{value:+.2f}" for value in shown])
-        console.print(table)
+            rows.append([name, *["–" if value != value else f"{value:+.2f}" for value in shown]])
+        console.print(tables.Blocks(["Spearman's rank correlation with it", *found.tasks, "mean"], rows))
     path = folder / "relations.json"
     console.print(f"method: {{name: saal-e, relations: {path}}}", soft_wrap=True, markup=False, highlight=False)
     _leave_out(found.failed if estimated is None else estimated.failed)
@@ -323,6 +320,7 @@ def grouping(
     folder: Annotated[Path | None, typer.Option(help="The folder of all trainings.")] = None,
     runs: Runs = Path("runs"),
     jobs: Jobs = 1,
+    ray: Ray = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train every combination of tasks with equal weights, beside rows that learn weights; finished runs are kept."""
@@ -331,26 +329,27 @@ def grouping(
     loaded = load_experiment(experiment, assignments or ())
     console = _console()
     folder = folder or runs / loaded.name / "grouping"
-    found = compare_groupings(loaded, folder, rows=row, jobs=jobs, overwrite=overwrite, display=_display(console))
-    table = Table("improves on the task alone by %", *found.tasks)
+    found = compare_groupings(loaded, folder, rows=row, **_running(console, jobs, ray, overwrite))
+    shown = []
     for entry in found.entries:
         cells = []
         for task in found.tasks:
             change = entry.improvement.get(task, {"mean": None, "std": None})
-            shown = tables.with_deviation(change["mean"], change["std"], tables.IMPROVEMENT_PLACES, sign=True)
-            cells.append(f"{shown} *" if found.best.get(task) == entry.name else shown)
-        table.add_row(entry.name, *cells)
-    console.print(table)
+            value = tables.with_deviation(change["mean"], change["std"], tables.IMPROVEMENT_PLACES, sign=True)
+            cells.append(f"{value} *" if found.best.get(task) == entry.name else value)
+        shown.append([entry.name, *cells])
+    console.print(tables.Blocks(["improves on the task alone by %", *found.tasks], shown))
     console.print("* the combination that is best for the task on the validation split")
     console.print(f"grouping: {folder / 'grouping.png'}", soft_wrap=True, markup=False, highlight=False)
     _leave_out(found.failed)
 
 
-def _matrix(title: str, tasks: Sequence[str], values: Any) -> Table:
-    table = Table(title, *tasks)
-    for source, row in zip(tasks, values.tolist(), strict=True):
-        table.add_row(source, *["" if value != value else f"{value:+.2f}" for value in row])
-    return table
+def _matrix(title: str, tasks: Sequence[str], values: Any) -> tables.Blocks:
+    rows = [
+        [source, *["" if value != value else f"{value:+.2f}" for value in row]]
+        for source, row in zip(tasks, values.tolist(), strict=True)
+    ]
+    return tables.Blocks([title, *tasks], rows)
 
 
 def _leave_out(failed: Mapping[str, str]) -> None:
@@ -431,19 +430,17 @@ def list_installed() -> None:
     console.print(table)
 
 
-def _compare(
-    experiment: Experiment,
-    folder: Path,
-    jobs: int,
-    overwrite: bool,
-    command: str,
-    console: Console,
-    pool: Callable[[int], Pool] | None = None,
-) -> bool:
-    display = _display(console)
-    comparison = run_comparison(
-        experiment, folder, jobs=jobs, overwrite=overwrite, display=display, command=command, pool=pool
-    )
+def _running(console: Console, jobs: int, ray: str | None, overwrite: bool = False) -> Running:
+    how: Running = {"jobs": jobs, "overwrite": overwrite, "display": _display(console)}
+    if ray is not None:
+        from sidetask_bench.cluster import Cluster
+
+        how["pool"] = functools.partial(Cluster, address=ray)
+    return how
+
+
+def _compare(experiment: Experiment, folder: Path, command: str, console: Console, how: Running) -> bool:
+    comparison = run_comparison(experiment, folder, command=command, **how)
     if parallel.rank():
         return False
     console.print(tables.terminal(comparison))
@@ -463,7 +460,7 @@ def _say_report(folder: Path, console: Console) -> None:
 
 
 def _console() -> Console:
-    """Outside a terminal there is no width to keep to, and a table that is cut off says nothing."""
+    """Outside a terminal there is no width to keep to, and the fewer blocks a table is in, the better."""
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, 160))
 

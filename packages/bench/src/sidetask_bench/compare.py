@@ -13,12 +13,13 @@ from sidetask_core import Task, parallel, relative_improvement, relative_improve
 from sidetask_bench import breakdown, storage, tables
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, RunConfig
-from sidetask_bench.progress import Display
 from sidetask_bench.schema import ExperimentError, plain
-from sidetask_bench.workers import Pool, train_all
+from sidetask_bench.selection import judges
+from sidetask_bench.workers import Running, train_all
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
+    from typing_extensions import Unpack
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -28,11 +29,8 @@ def compare(
     folder: str | Path,
     *,
     seeds: Iterable[int] | None = None,
-    jobs: int = 1,
-    overwrite: bool = False,
-    display: Display | None = None,
     command: str = "",
-    pool: Callable[[int], Pool] | None = None,
+    **how: Unpack[Running],
 ) -> dict[str, Any]:
     """Train every row with every seed and compare their test metrics.
 
@@ -43,12 +41,8 @@ def compare(
         experiment: with rows.
         folder: gets ``<row>/seed<k>/`` for the runs, ``comparison.json``, ``table.md`` and ``table.csv``.
         seeds: instead of the experiment's.
-        jobs: so many runs at a time, each in its own process. Give `training.threads` for results that do not depend
-            on it: sums on several threads round differently.
-        overwrite: start every run again.
-        display: shows progress; nothing by default.
         command: how a reader can run this again; kept in the comparison.
-        pool: where runs go on, given `jobs`; processes of this machine by default.
+        how: jobs, overwrite, display and pool; see `sidetask_bench.workers.Running`.
 
     Returns:
         What is in ``comparison.json``. On other processes than 0 of ``torchrun``, an empty mapping.
@@ -62,19 +56,10 @@ def compare(
     dataset = make_dataset(experiment.dataset)
     breakdown.check(experiment.breakdown, dataset)
     for configs in runs.values():
+        judges(dataset.tasks, configs[0].training.select_by)
         make_step(configs[0], dataset)
-    if (jobs > 1 or pool is not None) and parallel.world() > 1:
-        raise ExperimentError("--jobs, --ray: torchrun's processes share each run already; take one or the other")
     places = [(config, folder / config.label) for configs in runs.values() for config in configs]
-    outcomes = train_all(
-        places,
-        dataset,
-        experiment.dataset,
-        at_once=jobs,
-        overwrite=overwrite,
-        display=display or Display(),
-        pool=pool,
-    )
+    outcomes = train_all(places, dataset, experiment.dataset, **how)
     done = {(config.row, config.seed): outcome for config, outcome in outcomes}
     results: dict[str, list[dict[str, Any]]] = {}
     failed: list[dict[str, Any]] = []

@@ -135,7 +135,8 @@ class Training:
     where there is one. `deterministic` asks CUDA for repeatable kernels; on the CPU they are repeatable anyway.
     `select: best` tests the epoch with the best validation score (`sidetask_bench.evaluate.score`), and of tasks that
     share no parameter each one's own best (`sidetask_bench.selection`); `last` tests the last one, and with `average`
-    the last so many, of which the test metrics are means (the literature's choice where nothing is held out).
+    the last so many, of which the test metrics are means (the literature's choice where nothing is held out). The score
+    is of the primary tasks, or of those that `select_by` names: where only one of the tasks is wanted of a row.
     Methods that look ahead want to do well on batches of the split `lookahead`; its training batches are not those of
     the step. A checkpoint is written after every epoch, and every `checkpoint_every` optimizer steps if given.
     With `gradients`, the conflict between the tasks' gradients is recorded at some of the steps, which changes no other
@@ -151,6 +152,7 @@ class Training:
     clip: float | None = limited(None, above=0)
     accumulate: int = limited(1, minimum=1)
     select: Literal["best", "last"] = "best"
+    select_by: tuple[str, ...] | None = None
     average: int = limited(1, minimum=1)
     lookahead: Literal["validation", "train"] = "validation"
     checkpoint_every: int | None = limited(None, minimum=1)
@@ -162,6 +164,8 @@ class Training:
     def __post_init__(self) -> None:
         if self.average > 1 and self.select == "best":
             raise ValueError("average is of the last epochs; it needs select: last")
+        if self.select_by is not None and self.select == "last":
+            raise ValueError("select_by names tasks that choose the best epoch; it needs select: best")
         if self.average > self.epochs:
             raise ValueError(f"average is of {self.average} epochs, and there are {self.epochs}")
 

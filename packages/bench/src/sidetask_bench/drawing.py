@@ -11,7 +11,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import matplotlib as mpl
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 
 PANEL = (4.4, 3.1)
 DPI = 150
+SMALL = 9  # points, of names and numbers
 _POINTS_PER_INCH = 72
 
 # Okabe and Ito's colours, told apart under the common colour vision deficiencies; yellow is too faint for lines, and
@@ -90,7 +92,7 @@ class Panel:
     draw: Callable[[Axes], list[Mark]]
     words: str
     left: float = 0.8
-    right: float = 1.15
+    right: float = 0.15
     row: int | None = None
 
 
@@ -173,7 +175,7 @@ def place(figure: Figure, panel: Panel, column: int, row: int, top: float) -> tu
     for side, spine in ax.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(LIGHT.grid)
-    ax.tick_params(colors=LIGHT.muted, labelsize=9, length=0)
+    ax.tick_params(colors=LIGHT.muted, labelsize=SMALL, length=0)
     ax.grid(color=LIGHT.grid, linewidth=0.7)
     ax.set_axisbelow(True)
     return ax, panel.draw(ax)
@@ -191,6 +193,20 @@ def signed(value: float, places: int = 1) -> str:
     return f"{0:.{places}f}" if float(shown) == 0 else shown.replace("-", "−")
 
 
-def short(name: str, limit: int = 16) -> str:
-    """A name that fits beside a panel; a dollar sign would begin mathematics."""
-    return (name if len(name) <= limit else name[: limit - 1] + "…").replace("$", r"\$")
+def short(name: str, limit: int = 20) -> str:
+    """A name that fits beside a panel, without its middle, since names of a kind begin alike.
+
+    A dollar sign would begin mathematics.
+
+    >>> short("autolambda-impartial"), short("segmentation-helps-lookahead")
+    ('autolambda-impartial', 'segmentat…-lookahead')
+    """
+    head = (limit - 1) // 2
+    shown = name if len(name) <= limit else name[:head] + "…" + name[head + 1 - limit :]
+    return shown.replace("$", r"\$")
+
+
+def room(names: Iterable[str]) -> float:
+    """The inches that names take beside a panel, shortened as there, with a little more."""
+    widths = [TextPath((0, 0), short(name), size=SMALL).get_extents().width for name in names if name.strip()]
+    return 0.2 + max(widths, default=0.0) / _POINTS_PER_INCH

@@ -17,13 +17,14 @@ from sidetask_core import Batch, StepFailure
 from sidetask_bench import drawing, plots, runtime, storage
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, Plugin, RunConfig
-from sidetask_bench.progress import Display
 from sidetask_bench.relations import Finished, Group, csv_text, definition_of, enumerate_relations, run_of
 from sidetask_bench.run import load_run
+from sidetask_bench.workers import Running
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
     from sidetask_saal import Relations
+    from typing_extensions import Unpack
 
 Matrix = npt.NDArray[np.float64]
 
@@ -56,9 +57,7 @@ def estimate_relations(
     folder: str | Path,
     *,
     seed: int | None = None,
-    jobs: int = 1,
-    overwrite: bool = False,
-    display: Display | None = None,
+    **how: Unpack[Running],
 ) -> Estimates:
     """Enumerate the relations between an experiment's tasks, and estimate them in five cheaper ways.
 
@@ -77,20 +76,18 @@ def estimate_relations(
         experiment: as of `enumerate_relations`, with a network that is split before its last stage.
         folder: see above.
         seed: instead of the experiment's first.
-        jobs: so many trainings at a time, each in its own process.
-        overwrite: train again, whatever the folder holds.
-        display: shows progress; nothing by default.
+        how: jobs, overwrite, display and pool; see `sidetask_bench.workers.Running`.
 
     Raises:
         ExperimentError: as `enumerate_relations`; if the network leaves tasks no branch of their own.
     """
-    folder, display = Path(folder), display or Display()
+    folder = Path(folder)
     dataset = make_dataset(experiment.dataset)
     names = tuple(task.name for task in dataset.tasks)
     seed = experiment.seeds[0] if seed is None else seed
     base, learned = experiment.run(None, seed), _learned(experiment, seed)
     make_step(learned, dataset)  # what is wrong with it is said before anything is trained
-    truth = enumerate_relations(experiment, folder, seed=seed, jobs=jobs, overwrite=overwrite, display=display)
+    truth = enumerate_relations(experiment, folder, seed=seed, **how)
     from sidetask_saal import coefficient_relations, feature_relations, rank_correlation
 
     together, pairs = run_of(base, names), itertools.product(names, repeat=2)
@@ -99,7 +96,7 @@ def estimate_relations(
     # One that failed may have left the network of an earlier epoch.
     trained = {name for name, place in alone.items() if (place / "result.json").exists()}
     runs |= {(s, t): _on_frozen(base, s, t, alone[s]) for s, t in pairs if s in trained}
-    done = Finished.train(runs, folder, dataset, experiment.dataset, jobs, overwrite, display)
+    done = Finished.train(runs, folder, dataset, experiment.dataset, **how)
 
     nothing = np.full((len(names), len(names)), np.nan)
     matrices = dict.fromkeys((LOOKAHEAD_TRAIN, LOOKAHEAD_VALIDATION, ANGLES), nothing)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace as changed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sidetask_core import Task
 
@@ -14,11 +14,13 @@ from sidetask_bench import drawing, plots, storage
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.compare import Results, improvements, mean_of_runs
 from sidetask_bench.config import Experiment, RunConfig
-from sidetask_bench.progress import Display
 from sidetask_bench.records import Entry, Groupings
 from sidetask_bench.relations import chosen_validation, csv_text, definition_of, run_of
 from sidetask_bench.schema import ExperimentError
-from sidetask_bench.workers import train_all
+from sidetask_bench.workers import Running, train_all
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MOST = 6  # tasks; 63 combinations
 
@@ -28,9 +30,7 @@ def compare_groupings(
     folder: str | Path,
     *,
     rows: Iterable[str] | None = None,
-    jobs: int = 1,
-    overwrite: bool = False,
-    display: Display | None = None,
+    **how: Unpack[Running],
 ) -> Groupings:
     """Train every combination of an experiment's tasks with equal weights, and rows of it on all tasks.
 
@@ -43,9 +43,7 @@ def compare_groupings(
         experiment: its data set must take the option ``tasks``.
         folder: see above.
         rows: those whose methods are compared; all on the experiment's network but equal weighting, if None.
-        jobs: so many runs at a time, each in its own process.
-        overwrite: train again, whatever the folder holds.
-        display: shows progress; nothing by default.
+        how: jobs, overwrite, display and pool; see `sidetask_bench.workers.Running`.
 
     Raises:
         ExperimentError: for fewer than two tasks or more than `MOST`, a row that there is not, or if a task's runs by
@@ -73,15 +71,7 @@ def compare_groupings(
     places = [(config, folder / config.label) for of_row in configs.values() for config in of_row]
     done = {
         config.label: outcome
-        for config, outcome in train_all(
-            places,
-            dataset,
-            experiment.dataset,
-            at_once=jobs,
-            overwrite=overwrite,
-            display=display or Display(),
-            failures=Exception,
-        )
+        for config, outcome in train_all(places, dataset, experiment.dataset, failures=Exception, **how)
     }
     failed = {label: outcome["error"] for label, outcome in done.items() if "error" in outcome}
     tests = {

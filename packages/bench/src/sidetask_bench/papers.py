@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import table as rich
-
 from sidetask_bench import document, storage, tables
 from sidetask_bench.config import Experiment, Paper, Span, load_experiment
 from sidetask_bench.schema import ExperimentError, plain
@@ -30,9 +28,10 @@ def sizes(source: str | Path, assignments: Iterable[str] = ()) -> list[Experimen
     path = Path(source)
     stem = path.name.removesuffix(path.suffix) if path.suffix in (".yaml", ".yml") else path.name
     full = stem.removesuffix(SMALL)
-    names = [path.with_name(path.name.replace(stem, name, 1)) for name in (full, full + SMALL)]
-    found = [load_experiment(str(name), assignments) for name in names]
-    for experiment in found:
+    found = []
+    for name in (full, full + SMALL):
+        experiment = load_experiment(str(path.with_name(path.name.replace(stem, name, 1))), assignments)
+        found.append(experiment)
         if experiment.paper is None:
             raise ExperimentError(
                 f"{experiment.name} has no key paper: it is not a paper's table; use sidetask compare"
@@ -79,15 +78,9 @@ class Table:
                 comparisons.append(found)
         return cls(full.name, full.paper, list(dict.fromkeys([*full.rows, *small.rows])), columns, comparisons)
 
-    def terminal(self) -> rich.Table:
+    def terminal(self) -> tables.Blocks:
         """For the terminal."""
-        table = rich.Table(title=self.name, title_justify="left", caption=self.caption(), caption_justify="left")
-        head, rows = self._cells()
-        for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        return table
+        return tables.Blocks(*self._cells(), self.name, self.caption())
 
     def write(self, path: Path) -> None:
         """As Markdown."""
@@ -105,8 +98,8 @@ class Table:
         return "".join(parts)
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
-        head = ["", "improvement, paper", *(f"here, {title}" for title, _ in self.columns)]
-        head += ["time, paper", *(f"here, {title}" for title, _ in self.columns)]
+        head = ["", "improvement, paper", *(f"improvement, {title}" for title, _ in self.columns)]
+        head += ["time, paper", *(f"time, {title}" for title, _ in self.columns)]
         found = [{row["name"]: row for row in comparison["rows"]} for comparison in self.comparisons]
         rows = []
         units = [tables.unit(comparison) for comparison in self.comparisons]

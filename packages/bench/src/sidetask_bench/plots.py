@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from sidetask_bench import shapes
-from sidetask_bench.drawing import LIGHT, Mark, Panel, of_row, short, signed
+from sidetask_bench.drawing import LIGHT, Mark, Panel, of_row, room, short, signed
 from sidetask_bench.records import ByClass, Comparison, Curve, Entry, Groupings, RowRecord, TaskRecord
 from sidetask_bench.shapes import SOURCE_TARGET, Bar, End, Matrix
 
@@ -29,7 +29,7 @@ def improvement_panels(comparison: Comparison) -> list[Panel]:
     rows = comparison.rows
     label = f"improvement on {short(comparison.baseline)} (%)"
     overall = [_bar(row.improvement, row.values if len(row.runs) > 1 else []) for row in rows]
-    left = 0.2 + 0.085 * max(len(short(row.name)) for row in rows)
+    left = room(row.name for row in rows)
     draw = partial(shapes.bars, names=[row.name for row in rows], label=label, rows=True)
     title = "All primary tasks" + ("" if comparison.higher_is_better else " (lower is better)")
     panels = [Panel(title, partial(draw, values=overall), _in_words([row.name for row in rows], overall), left, 0.15)]
@@ -57,7 +57,7 @@ def step_panels(
             pooled = max(curve.pooled for curve in own.values())
             x = "step" if pooled == 1 else f"step (means of {pooled}; band: least to most)"
             draw = partial(shapes.lines, curves=own, places=places, x=x, y=y, rule=rule)
-            panels.append(Panel(row.name, draw, _ends_in_words(f"{y} at the end", own), row=index))
+            panels.append(Panel(row.name, draw, _ends_in_words(f"{y} at the end", own), right=room(own), row=index))
     return panels
 
 
@@ -82,7 +82,7 @@ def condition_panels(comparison: Comparison, condition: Mapping[str, Mapping[str
     if not curves:
         return []
     draw = partial(shapes.lines, curves=curves, places=places, x="step", y="condition number", rows=True)
-    return [Panel("All rows", draw, _ends_in_words("at the end", curves))]
+    return [Panel("All rows", draw, _ends_in_words("at the end", curves), right=room(curves))]
 
 
 def shaper_panels(weights: Mapping[str, Mapping[str, Mapping[str, Curve]]]) -> list[Panel]:
@@ -93,7 +93,9 @@ def shaper_panels(weights: Mapping[str, Mapping[str, Mapping[str, Curve]]]) -> l
             places = {name: index for index, name in enumerate(curves)}
             draw = partial(shapes.lines, curves=curves, places=places, x="epoch", y="weight", rule=1.0)
             title = row if len(tasks) == 1 else f"{row}, {task}"
-            panels.append(Panel(title, draw, _ends_in_words("weights at the end", curves), row=index))
+            panels.append(
+                Panel(title, draw, _ends_in_words("weights at the end", curves), right=room(curves), row=index)
+            )
     return panels
 
 
@@ -115,7 +117,7 @@ def class_panels(comparison: Comparison, found: ByClass) -> list[Panel]:
         ]
         label = f"improvement on {short(comparison.baseline)} (%)"
         draw = partial(shapes.bars, names=found.classes, values=bars, label=label)
-        left = 0.2 + 0.085 * max(len(short(name)) for name in found.classes)
+        left = room(found.classes)
         panels.append(Panel(row.name, draw, _in_words(found.classes, bars), left, 0.15, row=index))
     return panels
 
@@ -129,7 +131,7 @@ def curve_panels(
     for task in comparison.tasks:
         if of_task := curves.get(task.name):
             draw = partial(shapes.lines, curves=of_task, places=places, x="epoch", y=label(task), rows=True)
-            panels.append(Panel(task.name, draw, _ends_in_words("at the end", of_task)))
+            panels.append(Panel(task.name, draw, _ends_in_words("at the end", of_task), right=room(of_task)))
     return panels
 
 
@@ -143,7 +145,8 @@ def trade_off_panels(comparison: Comparison, label: Callable[[TaskRecord], str])
         if len(points) > 1:
             draw = partial(_trade_off, comparison=comparison, points=points, tasks=(one, other), label=label)
             words = [f"{name} {x.mean():.4g} and {y.mean():.4g}" for name, (x, y) in points.items()]
-            panels.append(Panel(f"{one.name} and {other.name}", draw, "; ".join(words), right=1.4))
+            right = room([*points, *comparison.fronts])
+            panels.append(Panel(f"{one.name} and {other.name}", draw, "; ".join(words), right=right))
     return panels
 
 
@@ -218,7 +221,7 @@ def grouping_panels(found: Groupings) -> list[Panel]:
         names = [_beside(entry, task, found.best.get(task)) for entry in entries]
         bars = [_bar(entry.improvement[task]) for entry in entries]
         draw = partial(shapes.bars, names=names, values=bars, label="improvement on the task alone (%)")
-        left = 0.2 + 0.085 * max(len(short(name)) for name in names)
+        left = room(names)
         panels.append(Panel(task, draw, _in_words(names, bars), left, 0.15))
     return panels
 
@@ -239,7 +242,7 @@ def matrix_panel(
     title: str, tasks: Sequence[str], values: Matrix, sides: tuple[str, str] = SOURCE_TARGET, row: int | None = None
 ) -> Panel:
     """Values ``[T, T]``, source by target or whatever the `sides` are, as a heat map; what is NaN stays white."""
-    left = 0.2 + 0.085 * max(len(short(name)) for name in tasks)
+    left = _beside_matrix(tasks)
     most = float(np.nanmax(np.abs(values), initial=0.0))
     # Two digits of the largest that is below one.
     places = 1 if most >= 1 or most == 0 else min(6, 1 - math.floor(math.log10(most)))
@@ -250,6 +253,11 @@ def matrix_panel(
     ]
     draw = partial(shapes.heat_map, names=tasks, values=values, places=places, sides=sides)
     return Panel(title, draw, "; ".join(pairs), left, 0.15, row=row)
+
+
+def _beside_matrix(tasks: Sequence[str]) -> float:
+    """Inches for the names of a matrix's rows, their numbers, and what the side says."""
+    return room(tasks) + 0.4
 
 
 def transfer_panels(comparison: Comparison, weights: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
@@ -270,7 +278,7 @@ def transfer_panels(comparison: Comparison, weights: Mapping[str, Mapping[str, C
         }
         if any(s != t for s, t in cells):
             names = {f"{tasks[s]} to {tasks[t]}" if s != t else tasks[s]: curve for (s, t), curve in cells.items()}
-            left = 0.2 + 0.085 * max(len(short(name)) for name in tasks)
+            left = _beside_matrix(tasks)
             draw = partial(shapes.matrix_of_curves, names=tasks, cells=cells)
             panels.append(
                 Panel(row.name, draw, _ends_in_words("coefficients at the end", names), left, 0.15, row=index)
@@ -302,7 +310,9 @@ def sharing_panels(comparison: Comparison, label: Callable[[TaskRecord], str]) -
                 curves[name] = Curve(np.array([float(cut) for cut, _, _ in found]), mean, mean - spread, mean + spread)
         if curves:
             draw = partial(shapes.lines, curves=curves, places=places, x="stages that are shared", y=label(task))
-            panels.append(Panel(task.name, draw, _ends_in_words("with the most stages shared", curves)))
+            panels.append(
+                Panel(task.name, draw, _ends_in_words("with the most stages shared", curves), right=room(curves))
+            )
     return panels
 
 

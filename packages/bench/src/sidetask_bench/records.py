@@ -214,16 +214,14 @@ def shaper_weights(comparison: Comparison) -> dict[str, dict[str, dict[str, Curv
     """
     result: dict[str, dict[str, dict[str, Curve]]] = {row.name: {} for row in comparison.rows}
     for row in comparison.rows:
-        runs = [list(_lines(comparison.folder / run["folder"] / "metrics.jsonl")) for run in row.runs]
-        length = min((len(run) for run in runs), default=0)
-        if not length:
+        epochs, runs = _epochs(comparison, row)
+        if not len(epochs):
             continue
-        epochs = np.array([line["epoch"] + 1.0 for line in runs[0][:length]])
         for task, names in runs[0][0].get("shapers", {}).items():
             result[row.name][task] = {
                 name: _over_seeds(
                     epochs,
-                    np.array([[_number(line["shapers"][task][name]) for line in run[:length]] for run in runs]),
+                    np.array([[_number(line["shapers"][task][name]) for line in run] for run in runs]),
                 )
                 for name in names
             }
@@ -263,13 +261,11 @@ def by_class(comparison: Comparison) -> list[ByClass]:
 def _per_epoch(comparison: Comparison, read: Any) -> dict[str, dict[str, Curve]]:
     result: dict[str, dict[str, Curve]] = {task.name: {} for task in comparison.tasks}
     for row in comparison.rows:
-        runs = [list(_lines(comparison.folder / run["folder"] / "metrics.jsonl")) for run in row.runs]
-        length = min((len(run) for run in runs), default=0)
-        if not length:
+        epochs, runs = _epochs(comparison, row)
+        if not len(epochs):
             continue
-        epochs = np.array([line["epoch"] + 1.0 for line in runs[0][:length]])
         for task in comparison.tasks:
-            values = np.array([[_number(read(line, task)) for line in run[:length]] for run in runs])
+            values = np.array([[_number(read(line, task)) for line in run] for run in runs])
             if np.isfinite(values).any():
                 result[task.name][row.name] = _over_seeds(epochs, values)
     return result
@@ -297,6 +293,13 @@ def _known(reduce: Callable[[Array], float], values: Array) -> float:
     """Of the values that are known; NaN if none is."""
     known = values[np.isfinite(values)]
     return float(reduce(known)) if known.size else math.nan
+
+
+def _epochs(comparison: Comparison, row: RowRecord) -> tuple[Array, list[list[Mapping[str, Any]]]]:
+    """The epochs that all seeds have completed, counted from 1, and what each seed's journal says of them."""
+    runs = [list(_lines(comparison.folder / run["folder"] / "metrics.jsonl")) for run in row.runs]
+    length = min((len(run) for run in runs), default=0)
+    return np.array([line["epoch"] + 1.0 for run in runs[:1] for line in run[:length]]), [run[:length] for run in runs]
 
 
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -16,14 +16,14 @@ from sidetask_core import StepFailure
 from sidetask_bench import drawing, plots, storage
 from sidetask_bench.assemble import blaming, make_dataset, make_step
 from sidetask_bench.config import Experiment, Plugin, RunConfig
-from sidetask_bench.progress import Display
 from sidetask_bench.run import discard
 from sidetask_bench.schema import ExperimentError
-from sidetask_bench.workers import train_all
+from sidetask_bench.workers import Running, train_all
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
     from sidetask_saal import Relations
+    from typing_extensions import Unpack
 
 
 def enumerate_relations(
@@ -31,9 +31,7 @@ def enumerate_relations(
     folder: str | Path,
     *,
     seed: int | None = None,
-    jobs: int = 1,
-    overwrite: bool = False,
-    display: Display | None = None,
+    **how: Unpack[Running],
 ) -> Relations:
     """Train the tasks of an experiment alone and in pairs, with its base's network shared to the heads.
 
@@ -47,9 +45,7 @@ def enumerate_relations(
         experiment: its data set must take the option ``tasks``.
         folder: see above.
         seed: instead of the experiment's first.
-        jobs: so many trainings at a time, each in its own process.
-        overwrite: train again, whatever the folder holds.
-        display: shows progress; nothing by default.
+        how: jobs, overwrite, display and pool; see `sidetask_bench.workers.Running`.
 
     Raises:
         ExperimentError: if sidetask-saal is not installed, or for what the experiment asks for and does not exist.
@@ -71,7 +67,7 @@ def enumerate_relations(
     for config in runs.values():
         make_step(config, make_dataset(config.dataset))
     _discard_undefined(runs, folder)
-    done = Finished.train(runs, folder, dataset, experiment.dataset, jobs, overwrite, display or Display())
+    done = Finished.train(runs, folder, dataset, experiment.dataset, **how)
     relations = enumerate_transfers(done, dataset.tasks, definition=definition_of(experiment), progress=lambda *_: None)
     relations.save(folder / "relations.json")
     storage.write_text(folder / "relations.csv", csv_text(relations.rows))
@@ -108,21 +104,12 @@ class Finished:
         folder: Path,
         dataset: Dataset,
         plugin: Plugin,
-        jobs: int,
-        overwrite: bool,
-        display: Display,
+        **how: Unpack[Running],
     ) -> Finished:
         """Train what is missing, each run in ``folder/<row>/seed<k>``."""
         places = {config.row: folder / config.label for config in runs.values()}
-        outcomes = train_all(
-            [(config, places[config.row]) for config in runs.values()],
-            dataset,
-            plugin,
-            at_once=jobs,
-            overwrite=overwrite,
-            display=display,
-            failures=Exception,
-        )
+        jobs = [(config, places[config.row]) for config in runs.values()]
+        outcomes = train_all(jobs, dataset, plugin, failures=Exception, **how)
         done = {config.row: outcome for config, outcome in outcomes}
         return cls({group: (places[config.row], done[config.row]) for group, config in runs.items()})
 
@@ -162,7 +149,8 @@ def run_of(base: RunConfig, tasks: Sequence[str], *, shared_bottom: bool = True)
         dataset=Plugin(base.dataset.name, {**options, "tasks": list(tasks)}),
         network=Plugin(base.network.name, network),
         method="equal",
-        # It may be by a task that is not there.
+        # These may be by a task that is not there.
+        training=replace(base.training, select_by=None),
         breakdown={},
     )
 

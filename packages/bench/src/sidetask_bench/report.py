@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sidetask_bench import drawing, plots, records, tables
+from sidetask_bench import drawing, plots, records, storage, tables
 from sidetask_bench import gallery as galleries
 from sidetask_bench.document import dump
-from sidetask_bench.records import Comparison, RowRecord, TaskRecord
+from sidetask_bench.records import Comparison, TaskRecord
 from sidetask_bench.schema import ExperimentError
 from sidetask_bench.verdict import verdict
 
@@ -271,16 +271,12 @@ def _time_cells(comparison: Comparison) -> tuple[str, list[Cell]] | None:
     times = [row.seconds_per_step for row in comparison.rows]
     if not any(times):
         return None
-    unit = next((row.seconds_per_step for row in comparison.rows if _is_equal(row)), None)
+    unit = tables.unit(storage.read_json(comparison.folder / "comparison.json") or {"rows": []})
     if unit:
         return "step time, × equal", [
             Cell("–") if t is None else Cell(f"{t / unit:.2f}", value=t / unit) for t in times
         ]
     return "step time, ms", [Cell("–") if t is None else Cell(f"{1000 * t:.1f}", value=1000 * t) for t in times]
-
-
-def _is_equal(row: RowRecord) -> bool:
-    return row.name == "equal"
 
 
 def _label(task: str, metric: str) -> str:

@@ -32,7 +32,7 @@ from sidetask_bench.document import dump
 from sidetask_bench.evaluate import evaluate, mean_results, score
 from sidetask_bench.progress import Display
 from sidetask_bench.schema import ExperimentError, plain
-from sidetask_bench.selection import Selection
+from sidetask_bench.selection import Selection, judges
 from sidetask_bench.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ class _Run:
         self.trainer = Trainer(config, data, device)
         # Of what is trained, that of which there are labels to judge by.
         self.judged = self.trainer.step.model.restricted_to([task.name for task in data.tasks])
-        self.selection = Selection(folder / "best.pt", self.judged, data.tasks, config.training.select == "best")
+        self.judges = judges(data.tasks, config.training.select_by)
+        self.selection = Selection(folder / "best.pt", self.judged, self.judges, config.training.select == "best")
         self.seconds = self.epoch_seconds = 0.0
         self.tests: list[dict[str, Any]] = []  # of the epochs before the last that are averaged
         self.name = config.label
@@ -215,7 +216,7 @@ class _Run:
         if self.main:
             tasks = self.data.tasks
             validation = evaluate(self.judged, tasks, self.data.validation, self._batch_size())
-            value = score(validation, tasks)
+            value = score(validation, self.judges)
             self.selection.offer(epoch, validation, last=epoch + 1 == training.epochs)
             record = {"epoch": epoch, "losses": losses, "validation": validation, "score": value, "lr": rate}
             if shapers := trainer.named_weights():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,26 @@ from sidetask_core import SplitModel, Task
 
 from sidetask_bench import storage
 from sidetask_bench.evaluate import Results, score, task_score
+from sidetask_bench.schema import ExperimentError, unknown, wrong
+
+
+def judges(tasks: Sequence[Task], names: Sequence[str] | None) -> list[Task]:
+    """The tasks as epochs are judged by them: those of `names` are primary and no others; as they are for None.
+
+    Raises:
+        ExperimentError: if no name is given, or one of no task, or of a task without a metric.
+    """
+    if names is None:
+        return list(tasks)
+    path, known = "training.select_by", {task.name: task for task in tasks}
+    if not names:
+        raise wrong(path, "at least one task", list(names))
+    for name in names:
+        if name not in known:
+            raise unknown(name, known, path, "task")
+        if not known[name].metrics:
+            raise ExperimentError(f"{path}.{name}: the task has no metric to judge by")
+    return [replace(task, primary=task.name in names) for task in tasks]
 
 
 class Selection:
@@ -22,7 +43,7 @@ class Selection:
     Args:
         path: of the file, ``best.pt``.
         model: whose epochs are offered.
-        tasks: judge the epochs.
+        tasks: judge the epochs (`judges`).
         by_score: False takes the last epoch instead.
     """
 

@@ -6,7 +6,7 @@ Each draws into axes in the colours of LIGHT, and gives the values that a reader
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from sidetask_bench.drawing import LIGHT, Mark, of_row, short, signed
+from sidetask_bench.drawing import LIGHT, SMALL, Mark, of_row, room, short, signed
 from sidetask_bench.records import Curve
 
 Matrix = npt.NDArray[np.float64]
@@ -56,8 +56,8 @@ def lines(
 
     `rule` is drawn across.
     """
-    ax.set_xlabel(x, color=LIGHT.muted, fontsize=9)
-    ax.set_ylabel(y, color=LIGHT.muted, fontsize=9)
+    ax.set_xlabel(x, color=LIGHT.muted, fontsize=SMALL)
+    ax.set_ylabel(y, color=LIGHT.muted, fontsize=SMALL)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     lowest = min(float(np.nanmin(curve.low)) for curve in curves.values())
@@ -112,7 +112,7 @@ def name_ends(ax: Axes, ends: Sequence[End]) -> None:
             xytext=(1.04, height),
             textcoords="axes fraction",
             color=end.colour,
-            fontsize=9,
+            fontsize=SMALL,
             va="center",
             annotation_clip=False,
             arrowprops={
@@ -154,7 +154,7 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
 
 def bars(ax: Axes, names: Sequence[str], values: Sequence[Bar | None], label: str, rows: bool = False) -> list[Mark]:
     """A horizontal bar for each name, from the top down, with its number; the names may be of the `rows` in order."""
-    ax.set_xlabel(label, color=LIGHT.muted, fontsize=9)
+    ax.set_xlabel(label, color=LIGHT.muted, fontsize=SMALL)
     ax.grid(visible=False, axis="y")
     ax.axvline(0, color=LIGHT.muted, linewidth=1)
     marks: list[Mark] = []
@@ -175,14 +175,14 @@ def bars(ax: Axes, names: Sequence[str], values: Sequence[Bar | None], label: st
             if bar.mean >= 0
             else (min([bar.mean - (bar.std or 0), *bar.seeds]) - 0.03 * reach, index),
             color=LIGHT.ink,
-            fontsize=9,
+            fontsize=SMALL,
             va="center",
             ha="left" if bar.mean >= 0 else "right",
         )
         for artist in (*drawn, number):
             of_row(artist, index if rows else None)
         marks += _bar_marks(names[index], bar, index, index if rows else None)
-    ax.set_yticks(range(len(names)), names, color=LIGHT.ink)
+    ax.set_yticks(range(len(names)), [short(name) for name in names], color=LIGHT.ink)
     for index, text in enumerate(ax.get_yticklabels()):
         of_row(text, index if rows else None)
     ax.set_ylim(len(names) - 0.5, -0.5)
@@ -207,11 +207,12 @@ def heat_map(
     most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     ax.imshow(np.ma.masked_invalid(values), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     name_matrix(ax, names, sides)
-    for (row, column), value in np.ndenumerate(values):
-        if math.isfinite(value):
-            # Ink where the map is pale, white where it is deep.
-            colour = "white" if abs(value) > 0.6 * most else LIGHT.ink
-            ax.text(column, row, signed(value, places), ha="center", va="center", color=colour, fontsize=9)
+    numbers = {at: signed(value, places) for at, value in np.ndenumerate(values) if math.isfinite(value)}
+    size = _fitting(ax, len(names), numbers.values())
+    for (row, column), number in numbers.items():
+        # Ink where the map is pale, white where it is deep.
+        colour = "white" if abs(values[row, column]) > 0.6 * most else LIGHT.ink
+        ax.text(column, row, number, ha="center", va="center", color=colour, fontsize=size)
     return [
         Mark(column, row, f"{names[row]} to {names[column]}: {signed(value, places + 1)}")
         for (row, column), value in np.ndenumerate(values)
@@ -227,6 +228,9 @@ def matrix_of_curves(ax: Axes, names: Sequence[str], cells: Mapping[tuple[int, i
     high = max(float(np.nanmax(curve.high)) for curve in cells.values())
     last = max(float(curve.x[-1]) for curve in cells.values())
     reach = (high - low) or 1.0
+    ended = {at: curve.mean[np.isfinite(curve.mean)][-1] for at, curve in cells.items()}
+    numbers = {at: f"{value:.2f}".replace("-", "−") for at, value in ended.items()}
+    size = _fitting(ax, len(names), numbers.values())
     for edge in np.arange(-0.5, len(names)):
         ax.axhline(edge, color=LIGHT.grid, linewidth=0.7)
         ax.axvline(edge, color=LIGHT.grid, linewidth=0.7)
@@ -238,8 +242,7 @@ def matrix_of_curves(ax: Axes, names: Sequence[str], cells: Mapping[tuple[int, i
         ax.plot([t - 0.42, t + 0.42], [s + 0.42 + 0.6 * low / reach] * 2, color=LIGHT.grid, linewidth=0.7)
         ax.fill_between(x, heights[0], heights[1], color=look["color"], alpha=0.16, linewidth=0)
         ax.plot(x, heights[2], linewidth=1.4, **look)
-        end = curve.mean[np.isfinite(curve.mean)][-1]
-        ax.text(t + 0.42, s - 0.3, f"{end:.2f}".replace("-", "−"), ha="right", color=LIGHT.ink, fontsize=8)
+        ax.text(t + 0.42, s - 0.3, numbers[s, t], ha="right", va="center", color=LIGHT.ink, fontsize=size)
         said = curve_marks(curve, f"{names[s]} to {names[t]}, step" if s != t else f"{names[s]}, step")
         known = np.isfinite(curve.mean)
         marks += [
@@ -250,15 +253,33 @@ def matrix_of_curves(ax: Axes, names: Sequence[str], cells: Mapping[tuple[int, i
 
 
 def name_matrix(ax: Axes, names: Sequence[str], sides: tuple[str, str] = SOURCE_TARGET) -> None:
-    """What the `sides` say from the top down and from the left, in cells of one unit around 0, 1, ..."""
+    """What the `sides` say from the top down and from the left, in cells of one unit around 0, 1, ...
+
+    Where names do not fit above one another's columns, they are numbered.
+    """
     ax.grid(False)
     ax.set_xlim(-0.5, len(names) - 0.5)
     ax.set_ylim(len(names) - 0.5, -0.5)
     places = range(len(names))
-    ax.set_xticks(places, [short(name) for name in names])
-    ax.set_yticks(places, [short(name) for name in names])
-    ax.set_xlabel(sides[1], color=LIGHT.muted, fontsize=9)
-    ax.set_ylabel(sides[0], color=LIGHT.muted, fontsize=9)
+    if room(names) <= _inches(ax) / len(names):
+        ax.set_xticks(places, [short(name) for name in names])
+        ax.set_yticks(places, [short(name) for name in names])
+    else:
+        ax.set_xticks(places, [str(place + 1) for place in places])
+        ax.set_yticks(places, [f"{short(name)} {place + 1}" for place, name in enumerate(names)])
+    ax.set_xlabel(sides[1], color=LIGHT.muted, fontsize=SMALL)
+    ax.set_ylabel(sides[0], color=LIGHT.muted, fontsize=SMALL)
+
+
+def _inches(ax: Axes) -> float:
+    """How wide axes are."""
+    return float(ax.bbox.width / ax.figure.dpi)
+
+
+def _fitting(ax: Axes, columns: int, numbers: Iterable[str]) -> float:
+    """The size at which numbers fit into so many columns, at most `SMALL`; a digit is two thirds as wide as high."""
+    most = max(map(len, numbers), default=1)
+    return min(SMALL, 0.95 * 72 * _inches(ax) / columns / (0.66 * most))
 
 
 def _four(value: float) -> str:

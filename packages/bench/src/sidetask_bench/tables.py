@@ -5,25 +5,83 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 IMPROVEMENT_PLACES = 2
 
 
-def terminal(comparison: Mapping[str, Any]) -> Table:
+@dataclass(frozen=True)
+class Blocks:
+    """A table for the terminal, of which nothing is left out or shortened: columns that do not fit go on further below.
+
+    Each block begins with the first column, which says whose the numbers are. Headings are broken between words. Text
+    that is wider than the terminal all by itself is broken where it has to be.
+
+    Args:
+        head: the headings.
+        rows: as many cells each; None is a line across the table.
+        title: stands above.
+        caption: stands below.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str] | None]
+    title: str = ""
+    caption: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.title:
+            yield Text(self.title, style="table.title")
+        for widths in self._fitting(options.max_width):
+            block = Table()
+            for i, width in widths.items():
+                justify: Literal["left", "right"] = "left" if i == 0 else "right"
+                block.add_column(Text(self.head[i]), justify=justify, vertical="bottom", width=width, overflow="fold")
+            for row in self.rows:
+                if row is None:
+                    block.add_section()
+                else:
+                    block.add_row(*(Text(row[i]) for i in widths))
+            yield block
+        if self.caption:
+            yield Text(self.caption, style="table.caption")
+
+    def _fitting(self, width: int) -> list[dict[int, int]]:
+        """The columns of each block, with the widths of their text."""
+        cells = [[cell_len(row[i]) for row in self.rows if row is not None] for i in range(len(self.head))]
+        # A sign behind a word stays with it.
+        words = [[cell_len(word) for word in re.split(r"\s+(?!\S$)", name)] for name in self.head]
+        least = [max(1, *sizes, *of_head) for sizes, of_head in zip(cells, words, strict=True)]
+        blocks = [[0]]
+        for i in range(1, len(self.head)):
+            if len(blocks[-1]) > 1 and _width(least[j] for j in [*blocks[-1], i]) > width:
+                blocks.append([0])
+            blocks[-1].append(i)
+        whole = [max(size, cell_len(name)) for size, name in zip(least, self.head, strict=True)]
+        found = []
+        for block in blocks:
+            wanted = whole if _width(whole[i] for i in block) <= width else least
+            found.append({i: wanted[i] for i in block})
+        return found
+
+
+def _width(columns: Iterable[int]) -> int:
+    """Of a block with text of these widths: a space on either side of each, and lines."""
+    return 1 + sum(width + 3 for width in columns)
+
+
+def terminal(comparison: Mapping[str, Any]) -> Blocks:
     """The headline metric of every task, the relative improvement and the step time."""
-    head, rows = _cells(comparison, headline=True)
-    table = Table(title=comparison["name"], title_justify="left", caption=_caption(comparison), caption_justify="left")
-    for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return Blocks(*_cells(comparison, headline=True), comparison["name"], _caption(comparison))
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
@@ -163,8 +221,8 @@ def unit(comparison: Mapping[str, Any]) -> float | None:
     """
     network = comparison.get("config", {}).get("network")
     for row in comparison["rows"]:
-        if row["name"] == "equal" or (row["method"] in ("equal", {"name": "equal"}) and row["network"] == network):
-            return float(row["seconds_per_step"])
+        if row["name"] == "equal" or (row["method"] in ("equal", {"name": "equal"}) and row.get("network") == network):
+            return float(row["seconds_per_step"]) if row.get("seconds_per_step") else None
     return None
 
 

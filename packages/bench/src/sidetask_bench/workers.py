@@ -11,10 +11,10 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessP
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
-from sidetask_core import StepFailure
+from sidetask_core import StepFailure, parallel
 
 from sidetask_bench import runtime
 from sidetask_bench.assemble import make_dataset
@@ -73,15 +73,33 @@ class _Worker:
 _this = _Worker(Display())
 
 
+class Running(TypedDict, total=False):
+    """How the runs of a comparison, of relations and the like are made: keywords of all that make them.
+
+    Attributes:
+        jobs: so many runs at a time, each in a process that takes its share of the cores; 1, the default, trains here.
+            Give `training.threads` for results that do not depend on it: sums on several threads round differently.
+        overwrite: train again, whatever the folder holds. By default finished runs are kept and interrupted ones
+            resumed.
+        display: shows progress, also of runs in other processes; nothing by default.
+        pool: makes what runs go on in, given `jobs`; processes of this machine by default.
+    """
+
+    jobs: int
+    overwrite: bool
+    display: Display
+    pool: Callable[[int], Pool]
+
+
 def train_all(
-    jobs: Sequence[Job],
+    places: Sequence[Job],
     dataset: Dataset,
     plugin: Plugin,
     *,
-    at_once: int,
-    overwrite: bool,
-    display: Display,
     failures: type[Exception] = StepFailure,
+    jobs: int = 1,
+    overwrite: bool = False,
+    display: Display | None = None,
     pool: Callable[[int], Pool] | None = None,
 ) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
     """Train every job in its folder; gives each run with its result, or with ``{"error": ...}`` if it failed.
@@ -91,24 +109,29 @@ def train_all(
     from their checkpoints.
 
     Args:
-        jobs: runs and folders.
+        places: runs and folders.
         dataset: the data of those whose configuration says `plugin`; another one's are made for it.
         plugin: how another process makes the same data.
-        at_once: so many runs side by side, each in a process that takes its share of the cores; results come in the
-            order they are ready. 1 trains here, in order.
-        overwrite: start again, whatever the folders hold.
-        display: shows progress, also of those in other processes.
         failures: what counts as a run that failed. With `Exception` that is everything but an `ExperimentError`, also
             the death of a worker: the runs that it breaks off go on in new processes, first one at a time, until the
             one that kills is found.
-        pool: makes what runs go on in, given how many at a time; processes of this machine by default.
+        jobs: see `Running`, as of those that follow. Of several, or on a pool, results come in the order they are
+            ready.
+        overwrite: see there.
+        display: see there.
+        pool: see there.
+
+    Raises:
+        ExperimentError: for several jobs or a pool under torchrun.
     """
-    at_once = min(at_once, len(jobs))
+    if (jobs > 1 or pool is not None) and parallel.world() > 1:
+        raise ExperimentError("--jobs, --ray: torchrun's processes share each run already; take one or the other")
+    at_once, display = min(jobs, len(places)), display or Display()
     if at_once <= 1 and pool is None:
-        for config, folder in jobs:
+        for config, folder in places:
             yield config, _attempt(config, folder, overwrite, _data_of(config, dataset, plugin), display, failures)
         return
-    left, one_by_one = list(jobs), False
+    left, one_by_one = list(places), False
     while left:
         broken: list[tuple[Job, BrokenExecutor]] = []
         some = left[:1] if one_by_one else left[:]

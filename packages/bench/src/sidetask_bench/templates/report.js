@@ -105,6 +105,11 @@ function selectable(gallery) {
   };
   task.addEventListener("change", show);
   row.addEventListener("change", show);
+  // Of many tasks, one at a time: all of them would be most of the page.
+  if (all("option", task).length > 6) {
+    task.selectedIndex = 1;
+    show();
+  }
 }
 
 all("table.sortable").forEach(sortable);

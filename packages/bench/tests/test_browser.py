@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from sidetask_bench import report
+from sidetask_bench.gallery import Gallery
 
 from packages.bench.tests.test_report import HOSTILE, make, pictures
 
@@ -290,6 +292,20 @@ def test_the_gallery_switches_task_and_row(page):
     assert page.run(f"{pictures}[0].offsetWidth") > wide
     choose(0, "")
     assert len(choose(1, "")) == everything
+
+
+def test_of_many_tasks_the_gallery_shows_one_and_paper_all(browser, tmp_path):
+    make(tmp_path, steps=4)
+    shown = pictures()
+    strip, legend = shown.strips[0], shown.legends["depth"]
+    names = [f"task {i}" for i in range(6)]
+    path = report.write(tmp_path, Gallery([replace(strip, task=name) for name in names], dict.fromkeys(names, legend)))
+    browser.view(DESKTOP)
+    browser.open(path)
+    sections = f"[...document.querySelectorAll('.gallery section')].filter({VISIBLE}).map(s => s.dataset.task)"
+    assert browser.run(sections) == names[:1]
+    browser.view(PAPER, media="print")
+    assert browser.run(sections) == names
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -22,7 +22,9 @@ METHODS = [name for name, project in PROJECTS.items() if "sidetask.methods" in p
 WHEELS: dict[str, str] = {}
 
 PREFIX = "sidetask-"
-PINNED = ("-c", "constraints.txt")
+# Compiling all of torch takes longer than its installation; what is imported is compiled then.
+UNCOMPILED = "--no-compile"
+PINNED = (UNCOMPILED, "-c", "constraints.txt")
 PYTEST = ("pytest", "pytest-xdist")
 # Most tests are too small for a second thread, so two processes of one thread each use two cores better.
 WORKERS = ("-n", "2")
@@ -121,7 +123,7 @@ def sessions_of(package: str) -> None:
     def lowest_bounds(session: nox.Session) -> None:
         """Test one package's wheel at the lower bounds that it and its siblings declare."""
         packages = with_siblings(package)
-        session.install(*wheels(session, packages), *lowest(packages), *PYTEST)
+        session.install(UNCOMPILED, *wheels(session, packages), *lowest(packages), *PYTEST)
         # Old releases warn about what newer Pythons and requirements of theirs deprecate.
         check_installed(session, package, "-W", "default")
 

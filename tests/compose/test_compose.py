@@ -13,8 +13,10 @@ from torch import nn
 OPTIONS = {
     "fixed": {"weights": {"near": 1.0, "far": 0.5, "kind": 2.0}},
     "torchjd": {"aggregator": "UPGrad"},
-    "saal-e": {"transfers": ["far->near", "kind->far"]},
-    "saal-ew": {"transfers": ["kind->near"]},
+    # Not of "kind", which has a shaper beside classwise: its copies would need one, too.
+    "saal-e": {"transfers": ["far->near", "near->far"]},
+    "saal-w": {"transfers": ["near->far"]},
+    "saal-ew": {"transfers": ["far->near"]},
     "classwise": {"main": "near", "auxiliary": "kind", "classes": 3, "warmup": 1},
 }
 

@@ -3,9 +3,10 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from sidetask_bench import ExperimentError, evaluate, gallery, records, train
+from sidetask_bench import ExperimentError, evaluate, gallery, label, records, train
 from sidetask_bench.breakdown import Breakdown
 from sidetask_bench.networks import small
 from sidetask_bench.run import load_run
@@ -85,6 +86,31 @@ def test_domains_are_trained_tested_and_drawn(config, tmp_path):
     ]
     south = data.test.parts["south"][2]
     assert (strips[9].pictures[0].pixels == data.show_input(south.inputs[0])).all()
+
+
+def test_one_domain_learns_what_a_network_says_of_its_images(config, tmp_path):
+    train(config(), tmp_path / "equal")
+    label(tmp_path / "equal", tmp_path / "labels", task="north", domain="south", kind="soft")
+    _, data, model = load_run(tmp_path / "equal")
+    said = model(data.validation.parts["south"][:].inputs, tasks=["north"])["north"].softmax(dim=1)
+    with np.load(tmp_path / "labels/validation.npz", allow_pickle=False) as archive:
+        np.testing.assert_allclose(archive["labels"], said.detach().numpy(), atol=2e-3)
+    labels = f"dataset={{name: pseudo, of: {{name: domains}}, labels: {{guess: {tmp_path / 'labels'}}}}}"
+    result = train(config(labels), tmp_path / "student")
+    assert set(result["test"]) == {*SIZES, "guess"}
+    _, data, _ = load_run(tmp_path / "student")
+    assert [task.input for task in data.tasks] == ["north", "south", "south"]
+
+
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [(None, "at least one domain is needed; there are: north, south"), ("west", "unknown domain 'west'; there are")],
+)
+def test_labels_need_a_domain_that_is_there(config, tmp_path, domain, message):
+    train(config(), tmp_path / "equal")
+    with pytest.raises(ExperimentError, match=message):
+        label(tmp_path / "equal", tmp_path / "labels", task="north", domain=domain, kind="soft")
+    assert not (tmp_path / "labels").exists()
 
 
 @pytest.mark.parametrize("method", ["equal", "uncertainty"])

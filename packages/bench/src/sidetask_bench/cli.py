@@ -246,13 +246,14 @@ def label_images(
     task: Annotated[str, typer.Option(help="Whose class probabilities are the labels.")],
     of: Annotated[str | None, typer.Option(help="Label the images of this experiment, not the run's own.")] = None,
     assignments: Assignments = None,
+    domain: Annotated[str | None, typer.Option(help="Whose images, where tasks have inputs of their own.")] = None,
     kind: Annotated[str, typer.Option(help="segmentation, soft or tokens.")] = "segmentation",
     threshold: Annotated[float, typer.Option(help="Pixels with no higher probability stay unlabelled.")] = 0.5,
     patch: Annotated[int, typer.Option(help="Side of a token's patch in pixels.", min=1)] = 8,
 ) -> None:
     """Label images with a trained run, for pseudo tasks; splits that are labelled are kept."""
     images = None if of is None else load_experiment(of, assignments or ()).dataset
-    write_labels(run, folder, task=task, of=images, kind=kind, threshold=threshold, patch=patch)
+    write_labels(run, folder, task=task, of=images, domain=domain, kind=kind, threshold=threshold, patch=patch)
     _console().print(f"labels: {folder}", soft_wrap=True, markup=False, highlight=False)
 
 

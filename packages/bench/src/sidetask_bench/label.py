@@ -24,6 +24,7 @@ def label(
     *,
     task: str,
     of: Plugin | None = None,
+    domain: str | None = None,
     kind: Any = "segmentation",
     threshold: float = 0.5,
     patch: int = 8,
@@ -39,6 +40,7 @@ def label(
         task: whose class probabilities are the labels.
         of: the dataset whose images are labelled, the run's own if None. Of a dataset ``pseudo``, the one that it adds
             to, so that an experiment can name folders that are yet to be filled.
+        domain: whose images are labelled, where tasks have inputs of their own; None where they share one.
         kind: "segmentation", "soft" or "tokens", see `sidetask_datasets.pseudo_label`.
         threshold: of a segmentation.
         patch: side of a token's patch, in pixels.
@@ -49,7 +51,7 @@ def label(
 
     Raises:
         ExperimentError: for a run or task that is not there, a task without classes, images of another size than the
-            network's, patches that do not divide them, or files that do not fit or were made otherwise.
+            network's, a domain that is not there, patches that do not divide them, or files that do not fit or were made otherwise.
     """
     from sidetask_datasets import fingerprint, pseudo_label
 
@@ -65,8 +67,6 @@ def label(
         raise ExperimentError(
             f"{run}: its network sees images {list(dataset.input_shape)}, those to label are {list(images.input_shape)}"
         )
-    if any(one.input is not None for one in images.tasks):
-        raise ExperimentError(f"{images.name}: every task has images of its own; there are none to label for all")
     height, width = images.input_shape[-2:]
     if kind == "tokens" and (patch < 1 or height % patch or width % patch):
         raise ExperimentError(f"--patch: patches of {patch}×{patch} do not divide images of {height}×{width} pixels")
@@ -80,7 +80,6 @@ def label(
             return scores.flatten(2).mean(dim=2) if scores.ndim > 2 else scores
         return F.avg_pool2d(scores, patch) if kind == "tokens" else scores
 
+    options: dict[str, Any] = {"kind": kind, "threshold": threshold, "source": source, "batch_size": batch_size}
     with blaming("labels", str(folder)):
-        return pseudo_label(
-            images.to(device), folder, teach, kind=kind, threshold=threshold, source=source, batch_size=batch_size
-        )
+        return pseudo_label(images.to(device), folder, teach, domain=domain, **options)

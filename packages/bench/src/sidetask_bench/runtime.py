@@ -32,11 +32,28 @@ def processes() -> Iterator[None]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    _join("nccl" if cuda else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Find the other processes, where torchrun has begun them again not by the addresses of those that are dead.
+
+    torchrun keeps one store over all restarts, in which processes leave their addresses
+    (https://github.com/pytorch/pytorch/issues/135712). Its count of restarts tells them apart, on one machine; of
+    several each counts its own, so that what has been left there cannot be told apart.
+    """
+    given = os.environ
+    if given.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or given.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend)
+        return
+    world = int(given["WORLD_SIZE"])
+    store = dist.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), world, is_master=False)
+    attempt = dist.PrefixStore(f"attempt {given['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=attempt, rank=int(given["RANK"]), world_size=world)
 
 
 def barrier() -> None:

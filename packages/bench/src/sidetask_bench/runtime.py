@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sidetask_core import parallel
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sidetask_bench.config import Training
 from sidetask_bench.schema import ExperimentError, first_line
@@ -46,14 +48,12 @@ def _join(backend: str) -> None:
     (https://github.com/pytorch/pytorch/issues/135712). Its count of restarts tells them apart, on one machine; of
     several each counts its own, so that what has been left there cannot be told apart.
     """
-    given = os.environ
-    if given.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or given.get("GROUP_WORLD_SIZE") != "1":
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
         dist.init_process_group(backend)
         return
-    world = int(given["WORLD_SIZE"])
-    store = dist.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), world, is_master=False)
-    attempt = dist.PrefixStore(f"attempt {given['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(backend, store=attempt, rank=int(given["RANK"]), world_size=world)
+    store, rank, world = next(rendezvous("env://"))
+    attempt = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world)
 
 
 def barrier() -> None:

@@ -253,8 +253,9 @@ app(arguments, prog_name="sidetask")
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("begun_again_by", ["command", "torchrun"])
 def test_two_processes_of_which_one_is_killed_end_as_if_none_had_been(
-    tiny: Callable[..., Path], tmp_path: Path, python: Any, outcome: Any
+    tiny: Callable[..., Path], tmp_path: Path, python: Any, outcome: Any, begun_again_by: str
 ) -> None:
     """Bit for bit, for gloo adds the same numbers in the same order; with what is sampled of the gradients."""
     (tmp_path / "dying.py").write_text(DYING)
@@ -264,11 +265,15 @@ def test_two_processes_of_which_one_is_killed_end_as_if_none_had_been(
     whole = python(*launch, "-m", "sidetask_bench", "train", str(tiny()), "--folder", "whole", *sets)
     assert whole.returncode == 0, whole.stderr
     killed = ["died", "train", str(tiny()), "--folder", "killed", *sets]
-    assert python(*launch, "dying.py", *killed).returncode != 0
-    assert (tmp_path / "died").exists()
-    assert not (tmp_path / "killed" / "result.json").exists()
+    if begun_again_by == "command":
+        assert python(*launch, "dying.py", *killed).returncode != 0
+        assert (tmp_path / "died").exists()
+        assert not (tmp_path / "killed" / "result.json").exists()
+    else:
+        launch += ["--max-restarts", "1"]
     again = python(*launch, "dying.py", *killed)
     assert again.returncode == 0, again.stderr
+    assert (tmp_path / "died").exists()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 

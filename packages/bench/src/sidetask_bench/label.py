@@ -51,7 +51,8 @@ def label(
 
     Raises:
         ExperimentError: for a run or task that is not there, a task without classes, images of another size than the
-            network's, a domain that is not there, patches that do not divide them, or files that do not fit or were made otherwise.
+            network's, a domain that is not there, patches that do not divide images, or files that do not fit or were
+            made otherwise.
     """
     from sidetask_datasets import fingerprint, pseudo_label
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sidetask_core import parallel
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sidetask_bench.config import Training
 from sidetask_bench.schema import ExperimentError, first_line
@@ -32,11 +34,26 @@ def processes() -> Iterator[None]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    _join("nccl" if cuda else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Find the other processes, where torchrun has begun them again not by the addresses of those that are dead.
+
+    torchrun keeps one store over all restarts, in which processes leave their addresses
+    (https://github.com/pytorch/pytorch/issues/135712). Its count of restarts tells them apart, on one machine; of
+    several each counts its own, so that what has been left there cannot be told apart.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend)
+        return
+    store, rank, world = next(rendezvous("env://"))
+    attempt = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world)
 
 
 def barrier() -> None:

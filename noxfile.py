@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from pathlib import Path
 
@@ -22,8 +23,10 @@ METHODS = [name for name, project in PROJECTS.items() if "sidetask.methods" in p
 WHEELS: dict[str, str] = {}
 
 PREFIX = "sidetask-"
-# Compiling all of torch takes longer than its installation; what is imported is compiled then.
+# Compiling all of torch takes longer than its installation; what is imported is compiled then, and kept for the many
+# processes that tests start.
 UNCOMPILED = "--no-compile"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 PINNED = (UNCOMPILED, "-c", "constraints.txt")
 PYTEST = ("pytest", "pytest-xdist")
 # Most tests are too small for a second thread, so two processes of one thread each use two cores better.

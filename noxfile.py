@@ -142,11 +142,13 @@ def compose(session: nox.Session) -> None:
     session.install(*PINNED, *wheels(session, packages), "pytest")
     # What they require of others stays; of the repository, only what the two declare may be there.
     session.run("python", "-m", "pip", "uninstall", "-q", "-y", *[PREFIX + package for package in packages])
-    for pair in itertools.combinations_with_replacement(METHODS, 2):
-        folder = Path(session.create_tmp()) / "-".join(pair)
+    alone = {package: Path(session.create_tmp()) / package for package in packages}
+    for package, folder in alone.items():
         shutil.rmtree(folder, ignore_errors=True)
-        session.install("-q", "--no-deps", "--target", str(folder), *wheels(session, with_siblings(*pair)))
-        env = {**ONE_THREAD, "PYTHONPATH": str(folder), "SIDETASK_PACKAGES": " ".join(pair)}
+        session.install("-q", "--no-deps", "--target", str(folder), *wheels(session, [package]))
+    for pair in itertools.combinations_with_replacement(METHODS, 2):
+        path = os.pathsep.join(str(alone[package]) for package in with_siblings(*pair))
+        env = {**ONE_THREAD, "PYTHONPATH": path, "SIDETASK_PACKAGES": " ".join(pair)}
         session.run("pytest", "tests/compose", *session.posargs, env=env)
 
 

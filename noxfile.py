@@ -14,6 +14,8 @@ from packaging.version import Version
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "virtualenv"
+# What is run if no session is named: what looks at the tree, and what looks at installed wheels.
+nox.options.tags = ["tree", "wheels"]
 
 ROOT = Path(__file__).parent
 PROJECTS = {
@@ -99,14 +101,14 @@ def check_installed(session: nox.Session, package: str, *options: str) -> None:
     session.run("pytest", *arguments, env={**ONE_THREAD, "SIDETASK_PACKAGE": package})
 
 
-@nox.session(default=False)
+@nox.session
 def demo(session: nox.Session) -> None:
     """Compare methods on generated data, and say where the report is."""
     session.install(*PINNED, *editable(with_siblings("bench", *METHODS)))
     session.run("python", "-m", "sidetask_bench", "demo", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests and the doctests of all packages in one environment."""
     session.install(*PINNED, *editable(list(PROJECTS)), *PYTEST)
@@ -116,13 +118,13 @@ def tests(session: nox.Session) -> None:
 def sessions_of(package: str) -> None:
     """Add the sessions that each package has of its own."""
 
-    @nox.session(name=f"test-{package}")
+    @nox.session(name=f"test-{package}", tags=["wheels"])
     def test(session: nox.Session) -> None:
         """Test one package's wheel beside its declared siblings only."""
         session.install(*PINNED, *wheels(session, with_siblings(package)), *PYTEST)
         check_installed(session, package)
 
-    @nox.session(name=f"lowest-{package}", default=False)
+    @nox.session(name=f"lowest-{package}")
     def lowest_bounds(session: nox.Session) -> None:
         """Test one package's wheel at the lower bounds that it and its siblings declare."""
         packages = with_siblings(package)
@@ -135,7 +137,7 @@ for name in PROJECTS:
     sessions_of(name)
 
 
-@nox.session
+@nox.session(tags=["wheels"])
 def compose(session: nox.Session) -> None:
     """Train with the methods of any two packages in the slots of one, from the wheels of these two alone."""
     packages = with_siblings(*METHODS)
@@ -152,7 +154,7 @@ def compose(session: nox.Session) -> None:
         session.run("pytest", "tests/compose", *session.posargs, env=env)
 
 
-@nox.session
+@nox.session(tags=["tree"])
 def examples(session: nox.Session) -> None:
     """Run every example."""
     # Without torchvision, which Lightning and others would import, and which may not go with the torch that is there.
@@ -161,7 +163,7 @@ def examples(session: nox.Session) -> None:
     session.run("pytest", "tests/examples", *session.posargs, env=ONE_THREAD)
 
 
-@nox.session
+@nox.session(tags=["tree"])
 def lint(session: nox.Session) -> None:
     """Check style and layout."""
     session.install(*PINNED, "ruff")
@@ -169,21 +171,21 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
 
 
-@nox.session
+@nox.session(tags=["tree"])
 def types(session: nox.Session) -> None:
     """Check the types of every package's source."""
     session.install(*PINNED, *editable(list(PROJECTS)), "mypy")
     session.run("mypy", *[str(path) for path in sorted(ROOT.glob("packages/*/src"))])
 
 
-@nox.session
+@nox.session(tags=["tree"])
 def docs(session: nox.Session) -> None:
     """Build the site of docs/ into site/; a link that leads nowhere is an error."""
     session.install(*PINNED, "-r", "docs/_site/requirements.txt")
     session.run("mkdocs", "build", "--strict")
 
 
-@nox.session
+@nox.session(tags=["tree"])
 def build(session: nox.Session) -> None:
     """Build every package's wheel and source distribution into dist/, and check what they hold."""
     session.install(*PINNED, "build", "hatchling", "pytest", "twine")

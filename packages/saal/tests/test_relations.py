@@ -370,6 +370,7 @@ def head_on(names):
     return {target: {"score": 0.4 * (1 + gain), "error": 1.0 * (1 - gain / 2)}}
 
 
+@pytest.mark.thorough
 def test_features_are_compared_with_the_target_s_own(tmp_path, pool):
     found = feature_relations(head_on, tasks(), executor=pool, cache=tmp_path, progress=silent)
     np.testing.assert_allclose(found.improvement, expected(), rtol=1e-12)

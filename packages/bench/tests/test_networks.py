@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +23,10 @@ def stub(outputs=DENSE, shape=(3, 32, 48), dense=True):
     tasks = tuple(Task(name, loss=lambda p, y: (p - y).square()) for name in outputs)
     views = {name: SimpleNamespace(kind="classes") for name in outputs}
     return SimpleNamespace(name="stub", tasks=tasks, outputs=outputs, views=views, input_shape=shape, dense=dense)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def shapes(model, shape, batch=2):
@@ -199,10 +204,6 @@ def test_parameter_counts_equal_torchvisions():
 
     theirs = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=13)
     ours = deeplabv3(stub({"segmentation": 13}, (3, 32, 32)))
-
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
-
     assert count(ours.shared) == count(theirs.backbone)
     assert count(ours.heads["segmentation"]) == count(theirs.classifier)
     dilations = [m.dilation for m in theirs.backbone.modules() if isinstance(m, nn.Conv2d)]
@@ -282,6 +283,26 @@ def test_mtan_masks_what_the_trunk_sees():
     norm = attention.masks[-1][2]
     torch.nn.init.constant_(norm.bias, -1e4)
     assert not attention(maps).any()
+
+
+def test_mtan_carries_attention_on_by_residual_bottlenecks():
+    widths = [256, 512, 1024, 2048]
+    attention = mtan(stub({"depth": 1}), depth=50).branches["depth"].double().eval()
+    # The mask's two 1×1 convolutions and two normalisations; 1×1, 3×3, 1×1 with one each, and the skip's 1×1 with one.
+    read = [256, 1024, 2048, 4096]
+    assert [count(mask) for mask in attention.masks] == [
+        a * b // 4 + b // 4 * b + 2 * (b // 4 + b) for a, b in zip(read, widths, strict=True)
+    ]
+    assert [count(block) for block in attention.carry] == [
+        a * c + 9 * c * c + c * b + a * b + 2 * (c + c + b + b)
+        for a, b, c in ((a, b, b // 4) for a, b in itertools.pairwise(widths))
+    ]
+    # Convolutions that say nothing leave the skip.
+    x = torch.randn(2, 256, 4, 5, dtype=torch.float64)
+    block = attention.carry[0]
+    nn.init.zeros_(block.bn3.weight)
+    torch.testing.assert_close(block(x), torch.relu(block.downsample(x)))
+    assert block(x).any()
 
 
 def test_mtan_shares_its_trunk_whole():
@@ -398,9 +419,23 @@ def test_vgg16_normalises_every_domain_by_itself_and_shares_the_rest():
         vgg16(stub(LABELS, (3, 32, 32), dense=False), by_domain=True)
 
 
+def test_vgg16_of_the_domains_of_cifar100_is_auto_lambdas():
+    names = [f"domain_{i}" for i in range(20)]
+    model = vgg16(domains(names), by_domain=True)
+    # Thirteen 3×3 convolutions with a bias, a scale and a shift of each domain after each, and one linear layer a task.
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    convolutions = sum(9 * a * b + b for a, b in itertools.pairwise(widths))
+    assert count(model.shared) == convolutions + 20 * 2 * sum(widths[1:])
+    assert count(model.heads) == 20 * (512 * 5 + 5)
+    # The last convolutions see one pixel in sixteen: there is no pooling after them but the mean.
+    assert model.shared(torch.randn(1, 3, 32, 32), names[:1]).shape == (1, 512, 2, 2)
+    with pytest.raises(ValueError, match="15×32 is too small"):
+        vgg16(stub(LABELS, (3, 15, 32), dense=False))
+
+
 @pytest.mark.parametrize("cut", [0, 2])
 def test_vgg16_of_domains_splits_anywhere(cut):
-    model = vgg16(domains(), cut=cut, width=4, hidden=0, by_domain=True)
+    model = vgg16(domains(), cut=cut, width=4, by_domain=True)
     for name in "abc":
         assert model(torch.randn(2, 3, 32, 32), [name])[name].shape == (2, 5)
     shared = [name for name, _ in model.shared.named_parameters() if ".norms." in name]

@@ -13,8 +13,6 @@ from sidetask_bench.networks.domains import normalised_by_domain
 from sidetask_bench.networks.parts import check_cut, check_whole, image_shape
 from sidetask_bench.networks.resnet import FEATURES, check_depth, resnet_stages
 
-_VGG16 = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))  # widths, in units of the first
-
 
 def resnet(
     dataset: Dataset,
@@ -47,15 +45,19 @@ def resnet(
 
 
 def vgg16(
-    dataset: Dataset, *, cut: int | None = None, width: int = 64, hidden: int = 512, by_domain: bool = False
+    dataset: Dataset, *, cut: int | None = None, width: int = 64, hidden: int = 0, by_domain: bool = False
 ) -> SplitModel:
-    """VGG-16 with batch normalisation for small images, five stages of convolutions.
+    """The convolutions of VGG-16 with batch normalisation, for small images, and one head per task.
+
+    Five stages; each but the first halves the image before. A head averages over what is left of it and is linear, as
+    in Auto-λ's network for CIFAR-100 ([Liu et al. 2022](https://arxiv.org/abs/2202.03091)); the three wide linear
+    layers of VGG-16 are not there.
 
     Args:
         dataset: says how large the images are and which heads there are.
         cut: how many of the five stages are shared; all by default.
         width: channels of the first stage; the others have 2, 4, 8 and 8 times as many.
-        hidden: width of a head's hidden layer; 0: none.
+        hidden: width of a head's hidden layer; 0 (the default): none.
         by_domain: shared stages normalise each input by itself (`normalised_by_domain`), for tasks with inputs of
             their own, as on CIFAR-100's domains in Auto-λ.
 
@@ -63,24 +65,38 @@ def vgg16(
         A model from ``[N, C, H, W]`` to ``[N, outputs]`` for each task.
 
     Raises:
-        ValueError: for an impossible cut or width, a dense dataset, images smaller than 32×32, or `by_domain` where
+        ValueError: for an impossible cut or width, a dense dataset, images smaller than 16×16, or `by_domain` where
             tasks have their input in common.
     """
     check_whole("vgg16", dataset)
     channels, rows, columns = image_shape(dataset)
-    if min(rows, columns) < 32:
-        raise ValueError(f"vgg16 halves an image five times; {rows}×{columns} is too small for that")
+    if min(rows, columns) < 16:
+        raise ValueError(f"vgg16 halves an image four times; {rows}×{columns} is too small for that")
     if not isinstance(width, int) or isinstance(width, bool) or width < 1:
         raise ValueError(f"width is a number of channels, at least 1, found {width!r}")
-    stages = []
-    for multiples in _VGG16:
-        layers: list[nn.Module] = []
-        for outputs in (width * multiple for multiple in multiples):
-            layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-            channels = outputs
-        stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
-    model = SplitModel.from_stages(stages, check_cut(cut, len(stages)), _heads(dataset, channels, hidden))
+    stages = vgg_stages(width, channels)
+    model = SplitModel.from_stages(stages, check_cut(cut, len(stages)), _heads(dataset, 8 * width, hidden))
     return normalised_by_domain(model, dataset) if by_domain else model
+
+
+def vgg_stages(width: int = 64, channels: int = 3) -> list[nn.Sequential]:
+    """The convolutions of torchvision's ``vgg16_bn``, without the last pooling: maps at 1, 1/2, 1/4, 1/8, 1/16.
+
+    Args:
+        width: channels of the first stage.
+        channels: of the image; with other than three, the first convolution is new.
+    """
+    from torchvision.models.vgg import cfgs, make_layers
+
+    features = make_layers([x if isinstance(x, str) else x * width // 64 for x in cfgs["D"][:-1]], batch_norm=True)
+    if channels != 3:
+        features[0] = nn.Conv2d(channels, width, 3, padding=1)
+    stages: list[list[nn.Module]] = [[]]
+    for layer in features:
+        if isinstance(layer, nn.MaxPool2d):
+            stages.append([])
+        stages[-1].append(layer)
+    return [nn.Sequential(*stage) for stage in stages]
 
 
 def lenet(dataset: Dataset, *, cut: int | None = None, hidden: int = 50) -> SplitModel:

@@ -210,21 +210,126 @@ def test_parameter_counts_equal_torchvisions():
     assert dilations == [m.dilation for m in ours.shared.modules() if isinstance(m, nn.Conv2d)]
 
 
-def test_atrous_head_views():
-    head = AtrousHead(8, 3, (16, 16), width=4)
-    assert [view[0].dilation[0] for view in head.views] == [1, 12, 24, 36]
-    assert head.join[0].in_channels == 5 * 4
-    assert head(torch.randn(2, 8, 2, 2)).shape == (2, 3, 16, 16)
+def test_atrous_head_is_torchvisions_without_dropout():
+    from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+
+    theirs = DeepLabHead(8, 3).double().eval()
+    ours = AtrousHead(8, 3, (16, 24)).double().eval()
+    assert count(ours) == count(theirs)
+    ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
+    assert [conv[0].dilation[0] for conv in list(ours.pyramid.convs)[:4]] == [1, 12, 24, 36]
+    x = torch.randn(2, 8, 5, 7, dtype=torch.float64)
+    expected = nn.functional.interpolate(theirs(x), size=(16, 24), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(ours(x), expected)
+    ours.train()
+    assert torch.equal(ours(x), ours(x)), "nothing is dropped out"
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Puts a file where torch.hub keeps what it has downloaded for a name of torchvision's; downloads nothing."""
+    import torchvision
+
+    def refuse(url, *_, **__):
+        raise OSError(f"no connection to {url}")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+
+    def keep(name, state):
+        url = torchvision.models.get_weight(name).url
+        path = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path)
+        return path
+
+    return keep
+
+
+def saved(model, path):
+    """The state of a torchvision model in a file as old as torchvision's, which counts no batches."""
+    import torchvision
+
+    state = getattr(torchvision.models, model)().state_dict()
+    torch.save({name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}, path)
+    return state
 
 
 def test_weights_come_from_a_local_file(tmp_path):
-    import torchvision
-
-    state = torchvision.models.resnet18().state_dict()
-    torch.save(state, tmp_path / "weights.pt")
+    state = saved("resnet18", tmp_path / "weights.pt")
     model = deeplabv3(stub(shape=(3, 32, 32)), depth=18, cut=2, weights=tmp_path / "weights.pt")
     assert torch.equal(model.shared[0][0].weight, state["conv1.weight"])
     assert torch.equal(model.branches["depth"][-1][1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
+def test_weights_of_vgg16_are_those_of_torchvisions_convolutions(tmp_path):
+    state = saved("vgg16_bn", tmp_path / "weights.pt")
+    model = vgg16(stub(LABELS, (3, 32, 32), dense=False), weights=tmp_path / "weights.pt")
+    found = model.shared.state_dict()
+    features = {name: value for name, value in state.items() if name.startswith("features.")}
+    assert len(found) == len(features)
+    for own, (name, value) in zip(found.values(), features.items(), strict=True):
+        assert torch.equal(own, value), name
+    with pytest.raises(ValueError, match=r"fit this vgg16_bn: 78 of another shape \(features\.0\.weight \[64, 3"):
+        vgg16(stub(LABELS, (3, 32, 32), dense=False), width=8, weights=tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (deeplabv3, "IMAGENET1K_V1"),
+        (fpn, "DEFAULT"),
+        (mtan, "DEFAULT"),
+        (resnet, "ResNet18_Weights.IMAGENET1K_V1"),
+    ],
+)
+def test_weights_have_torchvisions_names(kept, make, name):
+    import torchvision
+
+    state = torchvision.models.resnet18().state_dict()
+    kept("ResNet18_Weights.IMAGENET1K_V1", state)
+    data = stub(PAIR, (3, 32, 32), dense=make is not resnet)
+    shared = make(data, depth=18, weights=name).shared.state_dict()
+    last = next(value for key, value in shared.items() if key.endswith("1.conv2.weight") and len(value) == 512)
+    assert torch.equal(last, state["layer4.1.conv2.weight"])
+
+
+def test_weights_by_name_say_what_is_wrong(kept):
+    data = stub(PAIR, (3, 32, 32))
+    with pytest.raises(ValueError, match=r"no such file, and no name .* resnet50: IMAGENET1K_V1, IMAGENET1K_V2, "):
+        deeplabv3(data, weights="IMAGENET_V1")
+    with pytest.raises(ValueError, match=r"resnet50-11ad3fa6\.pth nor https.* be read as weights: OSError: no conn"):
+        deeplabv3(data, weights="IMAGENET1K_V2")
+    # A file of the name that holds something else.
+    path = kept("ResNet18_Weights.IMAGENET1K_V1", {"weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match=rf"{path}: the weights do not fit this resnet18: 100 missing .* 1 unknown"):
+        deeplabv3(data, depth=18, weights="DEFAULT")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"neither {path} nor .* can be read as weights: EOFError"):
+        deeplabv3(data, depth=18, weights="DEFAULT")
+
+
+class Runs:
+    """What is run where a pickle of it is opened."""
+
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize("content", ["junk", "nothing", "a class", "no file"])
+def test_files_that_hold_no_weights_are_named(tmp_path, capsys, content):
+    path = tmp_path / "weights.pt"
+    if content == "a class":
+        torch.save({"weight": Runs()}, path)
+    elif content != "no file":
+        path.write_bytes(b"junk, and more of it" if content == "junk" else b"")
+    wrong = "no such file" if content == "no file" else "cannot be read as weights"
+    wrong += ": not a file of tensors alone" * (content == "a class")
+    with pytest.raises(ValueError, match=rf"{path}: {wrong}"):
+        deeplabv3(stub(shape=(3, 32, 32)), depth=18, weights=path)
+    with pytest.raises(ValueError, match=rf"{path}: {wrong}"):
+        vgg16(stub(LABELS, (3, 32, 32), dense=False), weights=str(path))
+    assert capsys.readouterr().out == ""
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +83,10 @@ def _read(weights: str | Path, model: str) -> tuple[str, dict[str, Tensor]]:
 
 
 def _said(error: Exception) -> str:
-    # What torch says of this one is how to run what the file holds.
-    alone = "not a file of tensors alone, as torch.save writes it"
-    return alone if isinstance(error, UnpicklingError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, (OSError, ImportError, RuntimeError)):
+        return f"{type(error).__name__}: {error}"
+    # What the others say is where a reader stood, or how to run what the file holds.
+    return f"it is not, or not only, tensors as torch.save or safetensors write them ({type(error).__name__})"
 
 
 def _checked(state: object, source: str) -> dict[str, Tensor]:

@@ -32,8 +32,9 @@ def pair(tiny: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sidetask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """The command, in an empty folder."""
+    """The command, in an empty folder; reports, which take longest, are not what is tested here."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sidetask_bench.report.write", lambda folder: folder / "report.html")
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
 
 

@@ -23,8 +23,9 @@ EPOCHS = ("--set", "training.epochs=1")
 
 @pytest.fixture
 def sidetask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """The command, in an empty folder."""
+    """The command, in an empty folder; reports, which take longest, are not what is tested here."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sidetask_bench.report.write", lambda folder: folder / "report.html")
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
 
 

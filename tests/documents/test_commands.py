@@ -69,7 +69,7 @@ def test_the_command_is_one_that_there_is(path, command, tmp_path):
         for row in rows:
             assert row in experiment.rows
     if name == "table" and experiment:
-        papers.sizes(source, given["assignments"] or ())
+        papers.sizes(source, given["assignments"] or (), small=given["small"])
 
 
 def loaded(path, source, assignments, folder):

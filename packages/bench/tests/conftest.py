@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from sidetask_bench import Experiment, load_experiment
 from sidetask_bench.document import dump
 
@@ -104,3 +105,17 @@ def outcome() -> Callable[[Path], Any]:
         return metrics, result, weights, {k: v.numpy().tobytes() for k, v in tensors.items()}
 
     return read
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> Path:
+    """A folder of frames, each of one grey."""
+    root = tmp_path / "frames"
+    for kind, (mode, ending) in {"image": ("RGB", "jpg"), "depth": ("I;16", "png")}.items():
+        (root / kind).mkdir(parents=True)
+        for i in range(6):
+            grey = (9 * i, 9 * i, 9 * i + 1) if mode == "RGB" else 500 * i + 500
+            Image.new(mode, (8, 6), grey).save(root / kind / f"{i}.{ending}")
+    (root / "train.txt").write_text("0\n1\n2\n3")
+    (root / "test.txt").write_text("4\n5")
+    return root

@@ -325,20 +325,6 @@ def test_two_processes_of_which_one_is_killed_end_as_if_none_had_been(
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
-@pytest.fixture
-def frames(tmp_path: Path) -> Path:
-    """A folder of frames, each of one grey."""
-    root = tmp_path / "frames"
-    for kind, (mode, ending) in {"image": ("RGB", "jpg"), "depth": ("I;16", "png")}.items():
-        (root / kind).mkdir(parents=True)
-        for i in range(6):
-            grey = (9 * i, 9 * i, 9 * i + 1) if mode == "RGB" else 500 * i + 500
-            Image.new(mode, (8, 6), grey).save(root / kind / f"{i}.{ending}")
-    (root / "train.txt").write_text("0\n1\n2\n3")
-    (root / "test.txt").write_text("4\n5")
-    return root
-
-
 def test_prepare_decodes_once_and_says_what_it_takes(
     sidetask: Callable[..., Result], frames: Path, tmp_path: Path
 ) -> None:

@@ -25,7 +25,11 @@ def task(name: str, primary: bool, **metrics: bool | None) -> Task:
 
 
 DATA: Any = SimpleNamespace(
-    tasks=(task("seg", True, miou=True, accuracy=True), task("depth", True, error=False), task("edge", False, f=True))
+    tasks=(task("seg", True, miou=True, accuracy=True), task("depth", True, error=False), task("edge", False, f=True)),
+    input_shape=(3, 12, 16),
+    train=range(7),
+    validation=range(2),
+    test=range(5),
 )
 
 
@@ -68,7 +72,7 @@ def test_the_definition_and_the_baseline_are_the_experiments(load: Loader) -> No
     flat = summary(load, improvement="flat")
     assert flat["rows"][1]["improvement"]["mean"] < 0
     assert flat["higher_is_better"] is False
-    assert "improvement % ↓" in tables.markdown(flat)
+    assert "Δm % ↓" in tables.markdown(flat)
     assert summary(load)["higher_is_better"] is True
     turned = summary(load, baseline="equal")
     assert turned["baseline"] == "equal"
@@ -134,11 +138,42 @@ def test_tables_say_the_same_numbers(load: Loader) -> None:
     (error,) = (row for row in rows if (row["row"], row["metric"]) == ("equal", "error"))
     assert float(error["mean"]) == comparison["rows"][1]["mean"]["depth"]["error"]
     assert error["seeds"] == "3"
+    assert "Data: 7 training, 2 validation and 5 test samples of 3×12×16." in text
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(tables.terminal(comparison))
     shown = console.export_text()
     assert "+12.50 ± 5.00" in shown
     assert "accuracy" not in shown
+
+
+def test_tables_name_runs_that_failed(load: Loader) -> None:
+    comparison = summary(load)
+    failed = [{"row": "equal", "seed": 3, "error": "depth: nan\nat step 7"}, {"row": "dwa", "seed": 0, "error": "inf"}]
+    comparison |= {"failed": [*failed, {**failed[1], "seed": 1}]}
+    lines = tables.markdown(comparison).splitlines()
+    assert lines[-4:] == [
+        "",
+        "- left out: equal, seed 3: depth: nan at step 7",
+        "- left out: dwa, seed 0: inf",
+        "- left out: dwa, seed 1: inf",
+    ]
+    rows = list(csv.DictReader(io.StringIO(tables.csv_text(comparison))))
+    assert {(row["row"], row["seeds"], row["failed"]) for row in rows} == {
+        ("single", "2", "0"),
+        ("equal", "3", "1"),
+        ("dwa", "0", "2"),
+    }
+    (dwa,) = (row for row in rows if row["row"] == "dwa")
+    assert (dwa["task"], dwa["metric"], dwa["mean"], dwa["std"]) == ("", "improvement %", "", "")
+
+
+@pytest.mark.parametrize(("definition", "heading"), [("flat", "Δm % ↓"), ("mean-of-tasks", "improvement % ↑")])
+def test_tables_say_what_is_measured_and_which_way_is_better(load: Loader, definition: str, heading: str) -> None:
+    comparison = summary(load, improvement=definition)
+    text = tables.markdown(comparison)
+    assert f"| {heading} |" in text
+    assert tables.MEASURES[definition].words in text
+    assert (f",,{heading[:-2]}," in tables.csv_text(comparison)) is True
 
 
 def test_compare_runs_what_is_missing(load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,8 @@ def test_a_small_preset_takes_a_step_of_every_method(name: str, trees: Trees) ->
 
 @pytest.mark.parametrize("name", SMALL)
 def test_both_sizes_have_the_same_rows_and_the_paper(name: str) -> None:
-    full, small = papers.sizes(name)
+    sizes = papers.sizes(name)
+    full, small = sizes.full, sizes.small
     assert list(full.rows) == list(small.rows)
     assert full.paper == small.paper
     assert (full.baseline, full.improvement) == (small.baseline, small.improvement)
@@ -208,8 +209,9 @@ def test_both_sizes_have_the_same_rows_and_the_paper(name: str) -> None:
     for row in full.rows:
         one, other = (experiment.run(row, 0).method for experiment in (full, small))
         assert _name(one) == _name(other), row
-    # It needs no files, but for labels that another command makes.
+    # It needs no files.
     assert "root" not in dump(small.dataset.to_plain())
+    assert list(small.teachers) == list(small.dataset.options.get("labels", ()))
     assert small.training.threads == 1
 
 

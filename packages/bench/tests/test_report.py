@@ -121,6 +121,7 @@ def make(folder, rows=("single", "equal", "pcgrad"), seeds=(0, 1, 2), steps=450,
         "rows": summary,
         "versions": {"sidetask-core": "0.1.0", "torch": "2.6.0"},
         "config": {"name": "synthetic", "training": {"epochs": epochs}},
+        "data": {"input": [3, 36, 48], "train": 70, "validation": 20, "test": 50},
         "command": "sidetask compare synthetic.yaml",
     }
     (folder / "comparison.json").write_text(json.dumps(data))
@@ -249,7 +250,9 @@ def test_the_improvement_follows_its_direction(tmp_path, definition):
     (tmp_path / "comparison.json").write_text(json.dumps(data))
     up = definition != "flat"
     text = report.write(tmp_path, pictures()).read_text(encoding="utf-8")
-    assert Page(text).tables[0][0][1].startswith("improvement ↑" if up else "improvement ↓")
+    assert Page(text).tables[0][0][1].startswith("improvement ↑" if up else "Δm ↓")
+    assert tables.MEASURES[definition].words in text
+    assert "Data: 70 training, 20 validation and 50 test samples of 3×36×48." in text
     assert ("lower is better" in text) is not up
     cells = report._improvement_cells(records.load(tmp_path))
     means = [row["improvement"]["mean"] for row in data["rows"]]

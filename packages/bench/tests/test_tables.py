@@ -51,7 +51,11 @@ def in_markdown(text: str) -> dict[tuple[str, str], str]:
 def compared(experiment: Experiment, tasks: int) -> dict[str, Any]:
     accuracy = SimpleNamespace(higher_is_better=True)
     names = [f"attribute_of_faces_{i}" for i in range(tasks)]
-    data: Any = SimpleNamespace(tasks=[Task(name, loss=abs, metrics={"accuracy": accuracy}) for name in names])
+    data: Any = SimpleNamespace(
+        tasks=[Task(name, loss=abs, metrics={"accuracy": accuracy}) for name in names],
+        input_shape=(1, 36, 36),
+        **dict.fromkeys(("train", "validation", "test"), range(9)),
+    )
     results = {
         row: [
             {
@@ -81,8 +85,9 @@ def test_nothing_is_lost_of_a_papers_table(load: Callable[..., Experiment], tmp_
     experiment = load(f"rows.{LONG}={{}}")
     paper = Paper("A. Author", "big", {LONG: Span(-101.5, 102.5)}, {LONG: Span(1.26, 1.46)}, note="word " * 50)
     sizes = [("full", "large"), ("small", "less")]
+    measure = tables.MEASURES["one-metric"]
     table = papers.Table(
-        "saal", paper, list(experiment.rows), sizes, [compared(experiment, tasks) for tasks in (20, 3)]
+        "saal", paper, measure, list(experiment.rows), sizes, [compared(experiment, tasks) for tasks in (20, 3)]
     )
     table.write(tmp_path / "paper.md")
     text = printed(table.terminal(), width)
@@ -90,7 +95,7 @@ def test_nothing_is_lost_of_a_papers_table(load: Callable[..., Experiment], tmp_
     found = cells(text)
     assert found == in_markdown((tmp_path / "paper.md").read_text())
     assert len(found) == 3 * 6
-    assert found[LONG, "time, paper"] == "1.26 to 1.46"
+    assert found[LONG, "time ↓, paper"] == "1.26 to 1.46"
 
 
 def test_columns_go_on_below_only_where_they_must() -> None:

@@ -93,7 +93,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train one run; go on with it if it was interrupted."""
-    loaded = load_experiment(experiment, assignments or ())
+    loaded = _in_runs(experiment, assignments, runs)
     config = loaded.run(row, loaded.seeds[0] if seed is None else seed)
     folder = folder or runs / config.experiment / config.row / f"seed{config.seed}"
     console = _console()
@@ -118,7 +118,10 @@ def compare(
     ray: Ray = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train every row with every seed, and write table and report; finished runs are kept."""
+    """Train every row with every seed, and write table and report; finished runs are kept.
+
+    Relations and labels that its rows read from its own folder are made first.
+    """
     loaded = load_experiment(experiment, assignments or ())
     words = ["sidetask", "compare", experiment, *(word for each in assignments or () for word in ("--set", each))]
     console = _console()
@@ -140,24 +143,20 @@ def paper_table(
 ) -> None:
     """Run a paper's table, or go on with it, and print it beside the paper's figures, each size in its own columns.
 
-    Relations that its rows read from its own folder are enumerated first, if they are not there.
+    --set is for the size that is run. The other's columns show what there is of it, as it was run.
     """
     from sidetask_bench import papers
 
-    sizes = papers.sizes(experiment, assignments or ())
-    chosen = sizes[-1 if small or Path(experiment).stem.endswith(papers.SMALL) else 0]
+    sizes = papers.sizes(experiment, assignments or (), small=small)
+    folder = runs / sizes.chosen.name
     words = ["sidetask", "table", experiment, *(word for each in assignments or () for word in ("--set", each))]
     command = shlex.join([*words, "--small"] if small else words)
     console = _console()
-    if papers.needs_relations(chosen, runs):
-        from sidetask_bench.relations import enumerate_relations  # here, because matplotlib is slow to import
-
-        enumerate_relations(chosen, runs / chosen.name / "relations", **_running(console, jobs, ray))
-    failed = _compare(chosen, runs / chosen.name, command, console, _running(console, jobs, ray, overwrite))
+    failed = _compare(sizes.chosen, folder, command, console, _running(console, jobs, ray, overwrite))
     if parallel.rank() == 0:
         table = papers.Table.of(sizes, runs)
         console.print(table.terminal())
-        path = runs / chosen.name / "paper.md"
+        path = folder / "paper.md"
         table.write(path)
         console.print(f"table: {path}", soft_wrap=True, markup=False, highlight=False)
     if failed:
@@ -294,7 +293,7 @@ def relations(
         raise ExperimentError("--ablate and --estimates are two commands; give one of them")
     if row is not None and not ablate:
         raise ExperimentError("--row goes with --ablate")
-    loaded = load_experiment(experiment, assignments or ())
+    loaded = _in_runs(experiment, assignments, runs)
     console = _console()
     how = _running(console, jobs, ray, overwrite)
     if ablate:
@@ -336,7 +335,7 @@ def grouping(
     """Train every combination of tasks with equal weights, beside rows that learn weights; finished runs are kept."""
     from sidetask_bench.grouping import compare_groupings  # here, because matplotlib is slow to import
 
-    loaded = load_experiment(experiment, assignments or ())
+    loaded = _in_runs(experiment, assignments, runs)
     console = _console()
     folder = folder or runs / loaded.name / "grouping"
     found = compare_groupings(loaded, folder, rows=row, **_running(console, jobs, ray, overwrite))
@@ -438,6 +437,12 @@ def list_installed() -> None:
     console.print(table)
 
 
+def _in_runs(source: str, assignments: Sequence[str] | None, runs: Path) -> Experiment:
+    """An experiment whose own folder is there."""
+    experiment = load_experiment(source, assignments or ())
+    return experiment.at(runs / experiment.name)
+
+
 def _running(console: Console, jobs: int, ray: str | None, overwrite: bool = False) -> Running:
     how: Running = {"jobs": jobs, "overwrite": overwrite, "display": _display(console)}
     if ray is not None:
@@ -452,8 +457,8 @@ def _compare(experiment: Experiment, folder: Path, command: str, console: Consol
     if parallel.rank():
         return False
     console.print(tables.terminal(comparison))
-    for failure in comparison["failed"]:
-        typer.echo(f"left out: {failure['row']}, seed {failure['seed']}: {failure['error']}", err=True)
+    for failure in tables.left_out(comparison):
+        typer.echo(failure, err=True)
     for sentence in tables.mixed_versions(comparison["mixed_versions"]):
         typer.echo(sentence, err=True)
     _say_report(folder, console)

@@ -13,6 +13,7 @@ from sidetask_core import Task, parallel, relative_improvement, relative_improve
 from sidetask_bench import breakdown, storage, tables
 from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, RunConfig
+from sidetask_bench.prerequisites import make_prerequisites
 from sidetask_bench.schema import ExperimentError, plain
 from sidetask_bench.selection import judges
 from sidetask_bench.workers import Running, one_at_a_time, train_all
@@ -37,11 +38,12 @@ def compare(
 
     Finished runs are kept and interrupted ones resumed, so that the same call goes on after a kill, and a row or
     seed added later costs only itself. A run that diverges, or whose worker dies again and again, is left out and named
-    under ``failed``.
+    under ``failed``. What rows read from the experiment's folder is made first (`sidetask_bench.prerequisites`).
 
     Args:
         experiment: with rows.
-        folder: gets ``<row>/seed<k>/`` for the runs, ``comparison.json``, ``table.md`` and ``table.csv``.
+        folder: gets ``<row>/seed<k>/`` for the runs, ``comparison.json``, ``table.md`` and ``table.csv``. It is
+            ``$folder`` in the experiment's paths.
         seeds: instead of the experiment's.
         command: how a reader can run this again; kept in the comparison.
         how: jobs, overwrite, display and pool; see `sidetask_bench.workers.Running`.
@@ -54,7 +56,9 @@ def compare(
             folder; or if no run of the baseline finished.
     """
     folder = Path(folder)
+    given, experiment = experiment, experiment.at(folder)
     runs = experiment.runs(seeds)
+    make_prerequisites(experiment, folder, **how)
     dataset = make_dataset(experiment.dataset)
     breakdown.check(experiment.breakdown, dataset)
     for configs in runs.values():
@@ -75,7 +79,7 @@ def compare(
     if parallel.rank():
         return {}
     comparison = summarize(experiment, dataset, runs, results)
-    comparison |= {"failed": failed, "config": plain(experiment), "command": command}
+    comparison |= {"failed": failed, "config": plain(given), "command": command}
     storage.write_json(folder / "comparison.json", comparison)
     storage.write_text(folder / "table.md", tables.markdown(comparison))
     storage.write_text(folder / "table.csv", tables.csv_text(comparison))
@@ -113,7 +117,11 @@ def summarize(
         "name": experiment.name,
         "baseline": baseline,
         "improvement": experiment.improvement,
-        "higher_is_better": experiment.improvement != "flat",
+        "higher_is_better": tables.MEASURES[experiment.improvement].higher_is_better,
+        "data": {
+            "input": list(dataset.input_shape),
+            **{name: len(getattr(dataset, name)) for name in ("train", "validation", "test")},
+        },
         "tasks": [
             {
                 "name": task.name,

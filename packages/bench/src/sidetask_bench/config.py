@@ -239,6 +239,22 @@ class Paper:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A run of another experiment, which labels images for a pseudo task (`sidetask_bench.label`).
+
+    `experiment` is a preset or a file, `row` one of its rows, or its base; the run has its first seed.
+    """
+
+    experiment: str
+    task: str
+    row: str | None = None
+    kind: Literal["segmentation", "soft", "tokens"] = "segmentation"
+    threshold: float = limited(0.5, minimum=0, below=1)
+    patch: int = limited(8, minimum=1)
+    domain: str | None = None
+
+
 ROW_KEYS = ("network", "method", "training")
 BASE = "base"
 LARGEST_SEED = 2**32 - 1  # what every library's generator takes
@@ -255,6 +271,9 @@ class Experiment:
     `sidetask_core.relative_improvement`. `breakdown` says of tasks by the classes of which other task their headline
     metric is shown too: ``{depth: {by: segmentation}}`` (`sidetask_bench.breakdown`). `fronts` name rows that together
     trace a trade-off between tasks, in their order: ``{pareto: [pareto-0, pareto-1]}``; they are drawn as one line.
+    `teachers` label the images of a dataset ``pseudo``, each for the pseudo task of its name, before rows are trained.
+    A path that begins with ``$folder`` is in the experiment's own folder, ``runs/<name>`` (`at`): ``relations:
+    $folder/relations/relations.json`` are the relations of this experiment's tasks, which are made first, too.
     `paper` has the figures that ``sidetask table`` sets beside those of here.
     """
 
@@ -269,6 +288,7 @@ class Experiment:
     improvement: Literal["mean-of-tasks", "one-metric", "flat"] = "mean-of-tasks"
     breakdown: Mapping[str, Breakdown] = field(default_factory=dict)
     fronts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)
     paper: Paper | None = None
 
     def __post_init__(self) -> None:
@@ -284,6 +304,10 @@ class Experiment:
             for row in rows:
                 if row not in self.rows:
                     raise unknown(row, self.rows, f"fronts.{front}", "row")
+        labels = self.dataset.options.get("labels")
+        for name in self.teachers:
+            if not isinstance(labels, Mapping) or name not in labels:
+                raise unknown(name, labels if isinstance(labels, Mapping) else (), "teachers", "pseudo task")
         for row in self.rows:
             self.run(row, self.seeds[0])
         for figures, key in ((self.paper.improvement, "improvement"), (self.paper.time, "time")) if self.paper else ():
@@ -291,16 +315,9 @@ class Experiment:
                 if row not in self.rows:
                     raise unknown(row, self.rows, f"paper.{key}", "row")
 
-    @property
-    def size(self) -> str:
-        """Data, network and length of training in one line."""
-        options = {key: value for key, value in self.dataset.options.items() if key not in ("root", "cache")}
-        data = ", ".join(f"{key} {_short(value)}" for key, value in options.items())
-        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
-        net = ", ".join(f"{key} {_short(value)}" for key, value in self.network.options.items() if key != "weights")
-        network = f"{self.network.name} ({net})" if net else self.network.name
-        named = f"{self.dataset.name} ({data})" if data else self.dataset.name
-        return f"{named}, {network}, {self.training.epochs} epochs, {seeds}"
+    def at(self, folder: str | Path) -> Experiment:
+        """The same, where ``$folder`` is this folder."""
+        return build(Experiment, document.placed(plain(self), folder))
 
     def run(self, row: str | None, seed: int) -> RunConfig:
         """The run of one row and seed; row None (or ``base``) is the experiment without any row's changes.
@@ -378,14 +395,6 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
         for key in dict.fromkeys([*before, *after])
         if before.get(key, missing) != after.get(key, missing)
     ]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return str(value["name"]) if "name" in value else " and ".join(value)
-    if isinstance(value, list | tuple):
-        return (" and " if all(isinstance(item, str) for item in value) else "×").join(map(str, value))
-    return str(value)
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:

@@ -61,6 +61,7 @@ def control(
             names no weights.
     """
     folder, seeds = Path(folder), experiment.seeds if seeds is None else tuple(seeds)
+    experiment = experiment.at(folder)
     dataset = make_dataset(experiment.dataset)
     found: Weights = {}
     for seed in seeds:

@@ -12,6 +12,8 @@ import yaml
 
 from sidetask_bench.schema import ExperimentError, as_mapping, join, unknown, wrong
 
+FOLDER = "$folder"  # of the experiment, at the head of a path
+
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """PyYAML's safe loader with the scalars of YAML 1.2: ``1e-4`` is a number, ``no`` and ``on`` are text."""
@@ -181,6 +183,21 @@ def override(document: Mapping[str, Any], assignments: Iterable[str]) -> dict[st
             here = inner
         here[keys[-1]] = parse(value, f"--set {path}")
     return result
+
+
+def placed(data: Any, folder: str | Path) -> Any:
+    """The data with every path that begins with ``$folder`` in this folder.
+
+    >>> placed({"name": "saal-e", "relations": "$folder/relations/relations.json"}, "runs/rooms")
+    {'name': 'saal-e', 'relations': 'runs/rooms/relations/relations.json'}
+    """
+    if isinstance(data, Mapping):
+        return {key: placed(value, folder) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [placed(value, folder) for value in data]
+    if isinstance(data, str) and (data == FOLDER or data.startswith(f"{FOLDER}/")):
+        return Path(folder, *data.split("/")[1:]).as_posix()
+    return data
 
 
 def merge(base: Any, row: Any) -> Any:

@@ -90,6 +90,7 @@ class Comparison:
     command: str | None = None
     failed: list[dict[str, Any]] = field(default_factory=list)
     mixed_versions: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fronts(self) -> dict[str, list[str]]:
@@ -159,6 +160,7 @@ def load(folder: Path | str) -> Comparison:
         data.get("command"),
         data.get("failed", []),
         data.get("mixed_versions", {}),
+        data.get("data", {}),
     )
 
 

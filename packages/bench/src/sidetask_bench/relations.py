@@ -16,7 +16,7 @@ from sidetask_core import StepFailure
 from sidetask_bench import drawing, plots, storage
 from sidetask_bench.assemble import blaming, make_dataset, make_step
 from sidetask_bench.config import Experiment, Plugin, RunConfig
-from sidetask_bench.run import discard
+from sidetask_bench.run import discard, read_result
 from sidetask_bench.schema import ExperimentError
 from sidetask_bench.workers import Running, one_at_a_time, train_all
 
@@ -112,7 +112,9 @@ class Finished:
         jobs = [(config, places[config.row]) for config in runs.values()]
         outcomes = train_all(jobs, dataset, plugin, failures=Exception, **how)
         done = {config.row: outcome for config, outcome in outcomes}
-        return cls({group: (places[config.row], done[config.row]) for group, config in runs.items()})
+        # What process 0 of torchrun has trained, the others read.
+        ended = {row: outcome or read_result(places[row]) for row, outcome in done.items()}
+        return cls({group: (places[config.row], ended[config.row]) for group, config in runs.items()})
 
     def __call__(self, group: Group) -> dict[str, dict[str, float]]:
         """The metrics of every task of the run, at its chosen epoch.

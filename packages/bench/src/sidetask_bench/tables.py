@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -17,6 +18,39 @@ from rich.table import Table
 from rich.text import Text
 
 IMPROVEMENT_PLACES = 2
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A definition of `sidetask_core.relative_improvement`, for people: how it is called, and what it is."""
+
+    name: str
+    higher_is_better: bool
+    words: str
+
+    @property
+    def arrow(self) -> str:
+        """Up or down, where better is."""
+        return ARROWS[self.higher_is_better]
+
+    @property
+    def heading(self) -> str:
+        """With its unit, and the way that is better.
+
+        >>> MEASURES["flat"].heading
+        'Δm % ↓'
+        """
+        return f"{self.name} % {self.arrow}"
+
+
+ARROWS = {True: "↑", False: "↓"}
+MEASURES = {
+    "mean-of-tasks": Measure("improvement", True, "mean over each primary task's metrics, then over these tasks"),
+    "one-metric": Measure("improvement", True, "mean over the primary tasks' headline metrics"),
+    "flat": Measure(
+        "Δm", False, "how much worse the metrics of all primary tasks are, mean over them; lower is better"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -90,9 +124,10 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     lines = [f"# {comparison['name']}", "", line(head), line(["---"] + ["---:"] * (len(head) - 1))]
     lines += [line(row) for row in rows]
     lines += ["", _caption(comparison), *mixed_versions(comparison["mixed_versions"]), ""]
+    if failures := left_out(comparison):
+        lines += [*(f"- {failure}" for failure in failures), ""]
     for broken in by_class(comparison):
-        arrow = "↑" if broken.higher_is_better else "↓"
-        lines += [f"## {broken.task} {broken.metric} {arrow} by class of {broken.by}", ""]
+        lines += [f"## {broken.task} {broken.metric} {ARROWS[broken.higher_is_better]} by class of {broken.by}", ""]
         lines += [line([broken.by, *broken.rows]), line(["---"] + ["---:"] * len(broken.rows))]
         for name, values in broken.classes.items():
             places = decimals(mean for mean, _ in values)
@@ -144,25 +179,79 @@ def _mean_and_deviation(values: Sequence[float | None]) -> tuple[float | None, f
 
 
 def csv_text(comparison: Mapping[str, Any]) -> str:
-    """One line per row and metric, or class: mean, standard deviation, number of seeds; unrounded."""
+    """One line per row and metric, or class: mean, standard deviation, number of seeds, and of those that failed.
+
+    Values are unrounded. A row of which every seed failed has one line, without them.
+    """
+    failed = Counter(failure["row"] for failure in comparison.get("failed", ()))
+    measure = MEASURES[comparison["improvement"]]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "task", "metric", "mean", "std", "seeds"])
+    writer.writerow(["row", "task", "metric", "mean", "std", "seeds", "failed"])
     for row in comparison["rows"]:
-        seeds = len(row["runs"])
+        seeds = (len(row["runs"]), failed[row["name"]])
         for task, metrics in row["mean"].items():
             for metric, mean in metrics.items():
-                writer.writerow([row["name"], task, metric, mean, row["std"][task][metric], seeds])
+                writer.writerow([row["name"], task, metric, mean, row["std"][task][metric], *seeds])
         for task, change in row["improvement"]["by_task"].items():
-            writer.writerow([row["name"], task, "improvement %", change["mean"], change["std"], seeds])
+            writer.writerow([row["name"], task, "improvement %", change["mean"], change["std"], *seeds])
         change = row["improvement"]
-        writer.writerow([row["name"], "", "improvement %", change["mean"], change["std"], seeds])
+        writer.writerow([row["name"], "", f"{measure.name} %", change["mean"], change["std"], *seeds])
+    for name in [name for name in failed if name not in {row["name"] for row in comparison["rows"]}]:
+        writer.writerow([name, "", f"{measure.name} %", None, None, 0, failed[name]])
     for broken in by_class(comparison):
         for name, values in broken.classes.items():
             metric = f"{broken.metric}, {broken.by}: {name}"
             for row, (mean, std) in zip(comparison["rows"], values, strict=True):
-                writer.writerow([row["name"], broken.task, metric, mean, std, len(row["runs"])])
+                writer.writerow([row["name"], broken.task, metric, mean, std, len(row["runs"]), failed[row["name"]]])
     return out.getvalue()
+
+
+def left_out(comparison: Mapping[str, Any]) -> list[str]:
+    """A line for each run that failed.
+
+    >>> left_out({"failed": [{"row": "dwa", "seed": 1, "error": "depth: the loss is nan"}]})
+    ['left out: dwa, seed 1: depth: the loss is nan']
+    """
+    return [
+        f"left out: {failure['row']}, seed {failure['seed']}: {' '.join(failure['error'].split())}"
+        for failure in comparison.get("failed", ())
+    ]
+
+
+def samples(data: Mapping[str, Any]) -> str:
+    """How much data there were, of which size.
+
+    >>> samples({"input": [3, 288, 384], "train": 771, "validation": 24, "test": 654})
+    '771 training, 24 validation and 654 test samples of 3×288×384'
+    """
+    size = "×".join(map(str, data["input"]))
+    return f"{data['train']} training, {data['validation']} validation and {data['test']} test samples of {size}"
+
+
+def size(comparison: Mapping[str, Any]) -> str:
+    """Data, network and length of training in one line, as a comparison was run."""
+    config = comparison["config"]
+    said = ("name", "root", "cache", "size", "train", "validation", "test")  # or said by the samples
+    data = _options(config["dataset"], said)
+    network = _options(config["network"], ("name", "weights"))
+    epochs, seeds = config["training"]["epochs"], len(config["seeds"])
+    length = f"{epochs} epoch{'s' * (epochs != 1)}, {seeds} seed{'s' * (seeds != 1)}"
+    return f"{data}, {samples(comparison['data'])}, {network}, {length}"
+
+
+def _options(plugin: Mapping[str, Any], without: Iterable[str]) -> str:
+    """A plug-in's name, and its options in brackets."""
+    options = ", ".join(f"{key} {_short(value)}" for key, value in plugin.items() if key not in without)
+    return f"{plugin['name']} ({options})" if options else str(plugin["name"])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value["name"]) if "name" in value else " and ".join(value)
+    if isinstance(value, list | tuple):
+        return (" and " if all(isinstance(item, str) for item in value) else "×").join(map(str, value))
+    return str(value)
 
 
 def mixed_versions(mixed: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
@@ -232,9 +321,8 @@ def _cells(comparison: Mapping[str, Any], headline: bool) -> tuple[list[str], li
         for task in comparison["tasks"]
         for metric, info in list(task["metrics"].items())[: 1 if headline else None]
     ]
-    arrows = {True: " ↑", False: " ↓", None: ""}
-    head = ["", *(f"{task} {metric}{arrows[higher]}" for task, metric, higher in columns)]
-    head += [f"improvement %{arrows[comparison['higher_is_better']]}", "ms/step"]
+    head = ["", *(" ".join(filter(None, (task, metric, ARROWS.get(higher)))) for task, metric, higher in columns)]
+    head += [MEASURES[comparison["improvement"]].heading, "ms/step"]
     equal = unit(comparison)
     head += ["× equal"] if equal else []
     wanted = max(len(row["runs"]) for row in comparison["rows"])
@@ -259,7 +347,9 @@ def _caption(comparison: Mapping[str, Any]) -> str:
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     epochs = comparison.get("config", {}).get("training", {}).get("average", 1)
     spread += f", each over the last {epochs} epochs" if epochs > 1 else ""
-    caption = f"Test split, {spread}; improvement over {comparison['baseline']} ({comparison['improvement']})."
+    measure = MEASURES[comparison["improvement"]]
+    caption = f"Test split, {spread}; {measure.name} against {comparison['baseline']}: {measure.words}."
+    caption += f" Data: {samples(comparison['data'])}."
     gaps = any(row["improvement"]["mean"] is None for row in comparison["rows"])
     return f"{caption} –: undefined in at least one seed, so that there is no mean." if gaps else caption
 

@@ -316,7 +316,8 @@ def _save(path: Path, **arrays: Any) -> None:
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     """What a file of labels holds."""
     if not is_file(path):
-        raise DataError(f"{path}: no such file; labels are train.npz, validation.npz and test.npz")
+        names = "train.npz, validation.npz and test.npz"
+        raise DataError(f"{path}: no such file; labels are {names}, as sidetask label writes them")
     try:
         # Given a path, numpy leaves a damaged file open.
         with path.open("rb") as file:

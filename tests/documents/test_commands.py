@@ -103,3 +103,16 @@ def loaded(path, source, assignments, folder):
 def test_a_command_that_there_is_not_is_found(command, message, tmp_path):
     with pytest.raises(Exception, match=message):
         test_the_command_is_one_that_there_is(Path("README.md"), command, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in DOCUMENTS if p.suffix == ".md"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_what_is_not_on_an_index_is_installed_from_the_checkout(path):
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in re.findall(r"pip install ([^`\n]+)", text):
+        for word in shlex.split(line.replace("\n", " "), comments=True):
+            # With brackets it brings what an installed package can do besides.
+            assert not re.fullmatch(r"sidetask-\w+(\[methods\])?", word), line
+            if word.startswith("./"):
+                assert (ROOT / word / "pyproject.toml").exists(), line

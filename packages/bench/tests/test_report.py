@@ -119,7 +119,7 @@ def make(folder, rows=("single", "equal", "pcgrad"), seeds=(0, 1, 2), steps=450,
             for task, metrics in TASKS.items()
         ],
         "rows": summary,
-        "versions": {"sidetask-core": "0.1.0", "torch": "2.6.0"},
+        "versions": {"sidetask-core": "0.1.0", "sidetask-theirs": "3.1", "torch": "2.6.0+cpu", "python": "3.12.1"},
         "config": {"name": "synthetic", "training": {"epochs": epochs}},
         "data": {"input": [3, 36, 48], "train": 70, "validation": 20, "test": 50},
         "command": "sidetask compare synthetic.yaml",
@@ -193,6 +193,11 @@ def test_report_needs_nothing_but_itself(written):
     assert f"script-src 'sha256-{digest}'" in written[2], "the browser runs this script and no other"
     assert len(page.ids) == len(set(page.ids)), "charts keep to their own ids"
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+
+
+def test_it_says_how_to_repeat_it_from_a_checkout(written):
+    commands = "python -m pip install sidetask-theirs==3.1 torch==2.6.0\npython -m pip install ./packages/core\n"
+    assert f'<pre class="command">{commands}sidetask compare synthetic.yaml</pre>' in written[2]
 
 
 def test_names_are_escaped(written):

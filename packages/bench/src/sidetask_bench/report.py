@@ -6,8 +6,9 @@ import base64
 import hashlib
 import io
 import math
+import re
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -169,13 +170,20 @@ def _where_sampled(comparison: Comparison) -> str:
     return "at the shared " + " or ".join(places) if places else "at the shared layers"
 
 
-def _install(comparison: Comparison) -> str:
-    """The command that brings what the runs were made with; empty if that was not the same for all."""
+def _install(comparison: Comparison) -> list[str]:
+    """The commands that bring what the runs were made with; none if that was not the same for all."""
     if comparison.mixed_versions:
-        return ""
+        return []
     # What follows a plus is a build of torch, which an index of its own has.
     versions = {name: version.partition("+")[0] for name, version in comparison.versions.items() if name != "python"}
-    return " ".join(["pip install", *(f"{name}=={version}" for name, version in versions.items())] if versions else [])
+    # Somebody else's package of methods may have such a name, too, and is in no checkout of ours.
+    known = {re.split(r"[^\w-]", one)[0] for one in metadata.requires("sidetask-bench") or ()} | {"sidetask-bench"}
+    ours = [name for name in versions if name in known and name.startswith("sidetask-")]
+    packages = [
+        [f"{name}=={version}" for name, version in versions.items() if name not in ours],
+        [f"./packages/{name.removeprefix('sidetask-')}" for name in ours],
+    ]
+    return [" ".join(["python -m pip install", *some]) for some in packages if some]
 
 
 def _machines(comparison: Comparison) -> dict[str, str]:

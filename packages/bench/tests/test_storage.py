@@ -115,3 +115,18 @@ def test_who_looks_at_a_lock_does_not_keep_it(tmp_path: Path) -> None:
         with locked(tmp_path):
             pass
         look.join()
+
+
+def test_a_file_that_cannot_grow_is_named(tmp_path: Path) -> None:
+    """Also where torch complains of something else that follows from it."""
+    resource = pytest.importorskip("resource", reason="sizes cannot be limited here")
+    path = tmp_path / "checkpoint.pt"
+    write_tensors(path, {"a": torch.ones(3)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large: '.*checkpoint.pt'"):
+            write_tensors(path, {"a": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(read_tensors(path)["a"], torch.ones(3))

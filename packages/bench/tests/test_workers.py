@@ -1,20 +1,21 @@
 import contextlib
 import io
-import math
 import multiprocessing
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
-from sidetask_bench import Experiment, ExperimentError, compare, runtime, storage
+from sidetask_bench import Experiment, ExperimentError, compare, runtime, storage, workers
 from sidetask_bench.progress import ConsoleDisplay, Display
 from sidetask_bench.workers import Processes
 from sidetask_core import Step, StepFailure
@@ -161,11 +162,11 @@ def test_workers_die_with_a_killed_comparison_and_the_next_one_goes_on(
         try:
             runs = [tmp_path / "killed" / row / "seed0" for row in ("single", "equal")]
             assert wait_until(lambda: any((run / "checkpoint.pt").exists() for run in runs), 240)
-            workers = children(process.pid)
-            assert len(workers) >= 2
+            born = children(process.pid)
+            assert len(born) >= 2
             process.kill()
             process.wait()
-            assert wait_until(lambda: not any(map(running, workers)), 10)
+            assert wait_until(lambda: not any(map(running, born)), 10)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -174,6 +175,32 @@ def test_workers_die_with_a_killed_comparison_and_the_next_one_goes_on(
     assert not comparison["failed"]
     for run in runs:
         assert outcome(run) == outcome(tmp_path / "whole" / run.relative_to(tmp_path / "killed"))
+
+
+INTERRUPTED = "interrupted; the same command goes on from the last checkpoint\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupt_is_one_line(tiny: Callable[..., Path], tmp_path: Path, jobs: int) -> None:
+    """As a terminal sends it, to all processes: to one that trains, and to two that still import."""
+    # Whoever began the tests may ignore it.
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script += "; from sidetask_bench.cli import app; app()"
+    command = [sys.executable, "-c", script, "compare", str(tiny()), "--folder", "c", "--jobs", str(jobs)]
+    with (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen(
+            [*command, "--set", "training.epochs=5000"], cwd=tmp_path, stderr=err, start_new_session=True
+        )
+        try:
+            status = tmp_path / "c" / "single" / "seed0" / "status.json"
+            assert wait_until(lambda: len(children(process.pid)) > 2 if jobs > 1 else status.exists(), 240)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert (tmp_path / "err").read_text() == INTERRUPTED
 
 
 def test_a_fatal_error_stops_the_other_runs_at_once(load: Loader, tmp_path: Path) -> None:
@@ -186,10 +213,10 @@ def test_a_fatal_error_stops_the_other_runs_at_once(load: Loader, tmp_path: Path
 
 
 class Killer(Display):
-    """Kills workers whenever a run of this row has come to its second epoch, so often."""
+    """Kills one worker once a run of this row has come to its second epoch."""
 
-    def __init__(self, row: str, times: float) -> None:
-        self.row, self.times, self.killed = row, times, 0
+    def __init__(self, row: str) -> None:
+        self.row, self.killed = row, False
         self.resumed: list[str] = []
         self.others = set(multiprocessing.active_children())  # of tests before
 
@@ -198,19 +225,39 @@ class Killer(Display):
             self.resumed.append(name)
 
     def show(self, name: str, done: int, epoch: int, epochs: int, latest: Any) -> None:
-        if name.startswith(f"{self.row}/") and epoch and self.killed < self.times:
-            workers = set(multiprocessing.active_children()) - self.others
-            if workers:  # or what it showed before its death is still being read
-                self.killed += 1
-            for worker in workers if self.times > 1 else [*workers][:1]:
-                worker.kill()
+        if name.startswith(f"{self.row}/") and epoch and not self.killed:
+            self.killed = True
+            next(iter(set(multiprocessing.active_children()) - self.others)).kill()
 
 
-LONG = ("training.epochs=60", "rows={single: {network: {cut: 0}}, equal: {}, rlw: {method: rlw}}")
+class Fragile:
+    """A pool whose worker a run of the row equal kills, which takes with it what is asked for afterwards."""
+
+    rounds: ClassVar[list[list[str]]] = []
+
+    def __init__(self, at_once: int) -> None:
+        self.events: Any = queue.SimpleQueue()
+        self.broken = False
+        self.rounds.append([])
+
+    def submit(self, config: Any, *arguments: Any) -> Future[dict[str, Any]]:
+        self.rounds[-1].append(config.row)
+        if self.broken:
+            raise BrokenExecutor("gone before")
+        future: Future[dict[str, Any]] = Future()
+        if config.row == "equal":
+            self.broken = True
+            future.set_exception(BrokenExecutor("gone"))
+        else:
+            future.set_result(workers.attempt(config, *arguments))
+        return future
+
+    def close(self, *, now: bool) -> None:
+        assert not now
 
 
 def test_a_comparison_survives_the_death_of_a_worker(load: Loader, tmp_path: Path, outcome: Any) -> None:
-    experiment, killer, pools = load(*LONG), Killer("equal", 1), []
+    experiment, killer, pools = load("training.epochs=40"), Killer("equal"), []
 
     def pool(at_once: int) -> Processes:
         pools.append(Processes(at_once))
@@ -218,23 +265,29 @@ def test_a_comparison_survives_the_death_of_a_worker(load: Loader, tmp_path: Pat
 
     whole = compare(experiment, tmp_path / "whole")
     comparison = compare(experiment, tmp_path / "lost", jobs=2, display=killer, pool=pool)
-    assert killer.killed == 1
+    assert killer.killed
     assert killer.resumed, "from checkpoints"
     assert len(pools) == 2, "all go on side by side"
     assert comparison["failed"] == []
     assert [row["mean"] for row in comparison["rows"]] == [row["mean"] for row in whole["rows"]]
-    for row in ("single", "equal", "rlw"):
+    for row in ("single", "equal"):
         assert outcome(tmp_path / "lost" / row / "seed0") == outcome(tmp_path / "whole" / row / "seed0")
 
 
 def test_a_run_that_always_kills_its_worker_is_a_failed_run(load: Loader, tmp_path: Path) -> None:
-    killer = Killer("equal", math.inf)
-    comparison = compare(load(*LONG), tmp_path, jobs=2, display=killer)
-    assert killer.killed == 3, "beside others, beside others again, alone"
-    (failure,) = comparison["failed"]
-    assert (failure["row"], failure["seed"]) == ("equal", 0)
-    assert "BrokenProcessPool" in failure["error"]
-    assert [row["name"] for row in comparison["rows"]] == ["single", "rlw"]
+    Fragile.rounds.clear()
+    rows = "rows={single: {network: {cut: 0}}, equal: {}, rlw: {method: rlw}, pcgrad: {method: pcgrad}}"
+    comparison = compare(load("training.epochs=1", rows), tmp_path, jobs=2, pool=Fragile)
+    assert comparison["failed"] == [{"row": "equal", "seed": 0, "error": "BrokenExecutor: gone"}]
+    assert [row["name"] for row in comparison["rows"]] == ["single", "rlw", "pcgrad"]
+    # Side by side, once more, each that can have been at it alone, and the rest side by side.
+    assert Fragile.rounds == [
+        ["single", "equal", "rlw", "pcgrad"],
+        ["equal", "rlw", "pcgrad"],
+        ["equal"],
+        ["rlw"],
+        ["pcgrad"],
+    ]
 
 
 def test_a_script_whose_workers_cannot_begin_says_why(

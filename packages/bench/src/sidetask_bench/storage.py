@@ -83,7 +83,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_tensors(path: Path, data: Mapping[str, Any]) -> None:
     """Write nested mappings of tensors and plain values atomically; `read_tensors` reads them."""
-    write_atomically(path, lambda file: torch.save(dict(data), file))
+
+    def save(file: IO[bytes]) -> None:
+        try:
+            torch.save(dict(data), file)
+        except RuntimeError as error:
+            # What torch makes of a full disk.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+    write_atomically(path, save)
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import multiprocessing
@@ -230,7 +231,8 @@ class Processes:
         self, config: RunConfig, folder: Path, plugin: Plugin, overwrite: bool, failures: type[Exception]
     ) -> Future[dict[str, Any]]:
         """See `Pool.submit`; the death of one worker breaks off all."""
-        return self._pool.submit(attempt, config, folder, plugin, overwrite, failures)
+        with _uninterrupted():  # the first one starts the workers
+            return self._pool.submit(attempt, config, folder, plugin, overwrite, failures)
 
     def close(self, *, now: bool) -> None:
         """See `Pool.close`.
@@ -280,8 +282,24 @@ def _named(error: Exception) -> str:
     return str(error) if isinstance(error, StepFailure) else f"{type(error).__name__}: {error}"
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Leave Ctrl-C for later, and keep it for good from processes that begin here: they inherit what is blocked.
+
+    It reaches all of a terminal's processes, and one that still imports would answer with a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(threads: int, alive: Connection, events: Events, begun: Event) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent stops this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops this
     threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
     begin(threads, events)
     begun.set()

@@ -129,6 +129,54 @@ def test_a_seed_that_no_generator_takes(sidetask: Callable[..., Result], tiny: C
     assert done.stderr.startswith("error: seed: expected 0 to 4294967295")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "{tiny}", "--runs", "{tiny}/x"),
+        ("compare", "{tiny}", "--runs", "{tiny}/x"),
+        ("relations", "{tiny}", "--runs", "{tiny}/x"),
+        ("grouping", "{tiny}", "--runs", "{tiny}/x"),
+        ("describe", "digits", "train=4", "validation=4", "test=4", "--gallery", "{tiny}/x.png"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_place_that_cannot_be_is_one_line_with_its_path(
+    sidetask: Callable[..., Result], tiny: Callable[..., Path], arguments: tuple[str, ...]
+) -> None:
+    words = [word.replace("{tiny}", str(tiny())) for word in arguments]
+    done = sidetask(*words)
+    assert done.exit_code == 2, done.exception
+    assert done.stderr.startswith(f"error: {tiny()}")
+    assert done.stderr.count("\n") == 1
+    assert isinstance(sidetask(*words, "--debug").exception, OSError)
+
+
+def test_a_disk_that_is_full_is_one_line_with_the_file(
+    sidetask: Callable[..., Result], tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = sidetask("train", tiny(), *SHORT)
+    assert done.exit_code == 2
+    assert "No space left on device" in done.stderr
+    assert str(Path("runs", "tiny", "base", "seed0")) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"tasks": 1}', '{"tasks": [], "rows": [{}]}', "\xff"])
+def test_a_comparison_that_cannot_be_read_is_one_line(
+    sidetask: Callable[..., Result], tmp_path: Path, content: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / "comparison.json").write_text(content, encoding="latin-1")
+    done = sidetask("report", tmp_path)
+    assert done.exit_code == 2, done.exception
+    assert done.stderr.startswith(f"error: {tmp_path / 'comparison.json'}")
+    assert done.stderr.count("\n") == 1
+
+
 class Desk:
     """A pool that makes every run at once, here."""
 

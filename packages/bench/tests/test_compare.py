@@ -238,4 +238,4 @@ def test_runs_side_by_side_give_what_runs_in_order_give(load: Loader, tmp_path: 
 def test_a_mistake_in_the_last_row_is_found_before_the_first_is_trained(load: Loader, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="pcgrade"):
         compare(load("rows.last={method: pcgrade}"), tmp_path / "c")
-    assert not (tmp_path / "c").exists()
+    assert not list(tmp_path.rglob("config.yaml"))

@@ -85,9 +85,25 @@ def test_what_cannot_be_told() -> None:
     zero = of(torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]]))
     assert np.isnan(zero["cosines"]["a, b"])
     assert zero["ratios"]["b"] == 0.0
-    broken = of(torch.tensor([[1.0, 0.0], [torch.nan, 0.0], [0.0, 2.0]]))
-    assert np.isnan(broken["condition"]["gramian"])
-    assert broken["cosines"]["a, c"] == 0.0
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_of_a_gradient_that_is_not_finite_nothing_can_be_told(value: float) -> None:
+    """Neither can of a mean that it is part of, nor of the Gramian; between the others nothing changes."""
+    matrix = torch.tensor([[2.0, 1.0], [value, 1.0], [0.0, 2.0]], dtype=torch.float64)
+    gramian = matrix @ matrix.T
+    some = torch.tensor([[4.0, 1.0, 1.0], [1.0, value, 1.0], [1.0, 1.0, 9.0]], dtype=torch.float64)
+    for broken, cosine in ((gramian, 1 / 5**0.5), (some, 1 / 6)):
+        found = conflict(NAMES, broken, ALL)
+        assert found["cosines"]["a, c"].item() == pytest.approx(cosine)
+        nothing = [found["cosines"]["a, b"], found["cosines"]["b, c"], *found["ratios"].values()]
+        assert torch.stack([*nothing, found["condition"]["gramian"]]).isnan().all()
+        # Without a label it counts nowhere.
+        absent = conflict(NAMES, broken, torch.tensor([True, False, True]))
+        assert absent["ratios"]["a"] + absent["ratios"]["c"] == pytest.approx(2)
+        pair = torch.tensor([0, 2])
+        expected = np.linalg.cond(broken[pair][:, pair].numpy())
+        assert absent["condition"]["gramian"].item() == pytest.approx(expected)
 
 
 def test_nothing_waits_for_the_device(tmp_path: Path) -> None:

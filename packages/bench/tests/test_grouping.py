@@ -85,6 +85,9 @@ def test_the_command_prints_what_each_task_gains(tiny: Callable[..., Path], tmp_
     [
         (["dataset.tasks=[top_left]"], None, "dataset.tasks: combinations are of 2 to 6 tasks, found 1"),
         ([], ["rwl"], "rows.rwl: unknown row"),
+        (["rows={top_left: {method: rlw}}"], None, "rows.top_left: a combination of tasks has this name"),
+        ([f"rows={{{PAIR}: {{method: rlw}}}}"], None, r"rows.top_left\+bottom_right: a combination"),
+        (["rows={equal: {}}"], ["equal", "equal"], "'equal' is given twice"),
     ],
 )
 def test_what_cannot_be_combined_is_named(
@@ -92,3 +95,4 @@ def test_what_cannot_be_combined_is_named(
 ) -> None:
     with pytest.raises(ExperimentError, match=message):
         compare_groupings(load(*CHANGES, *changes), tmp_path, rows=rows)
+    assert not list(tmp_path.rglob("config.yaml"))

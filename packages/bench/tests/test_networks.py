@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +23,10 @@ def stub(outputs=DENSE, shape=(3, 32, 48), dense=True):
     tasks = tuple(Task(name, loss=lambda p, y: (p - y).square()) for name in outputs)
     views = {name: SimpleNamespace(kind="classes") for name in outputs}
     return SimpleNamespace(name="stub", tasks=tasks, outputs=outputs, views=views, input_shape=shape, dense=dense)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def shapes(model, shape, batch=2):
@@ -199,31 +204,132 @@ def test_parameter_counts_equal_torchvisions():
 
     theirs = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=13)
     ours = deeplabv3(stub({"segmentation": 13}, (3, 32, 32)))
-
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
-
     assert count(ours.shared) == count(theirs.backbone)
     assert count(ours.heads["segmentation"]) == count(theirs.classifier)
     dilations = [m.dilation for m in theirs.backbone.modules() if isinstance(m, nn.Conv2d)]
     assert dilations == [m.dilation for m in ours.shared.modules() if isinstance(m, nn.Conv2d)]
 
 
-def test_atrous_head_views():
-    head = AtrousHead(8, 3, (16, 16), width=4)
-    assert [view[0].dilation[0] for view in head.views] == [1, 12, 24, 36]
-    assert head.join[0].in_channels == 5 * 4
-    assert head(torch.randn(2, 8, 2, 2)).shape == (2, 3, 16, 16)
+def test_atrous_head_is_torchvisions_without_dropout():
+    from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+
+    theirs = DeepLabHead(8, 3).double().eval()
+    ours = AtrousHead(8, 3, (16, 24)).double().eval()
+    assert count(ours) == count(theirs)
+    ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
+    assert [conv[0].dilation[0] for conv in list(ours.pyramid.convs)[:4]] == [1, 12, 24, 36]
+    x = torch.randn(2, 8, 5, 7, dtype=torch.float64)
+    expected = nn.functional.interpolate(theirs(x), size=(16, 24), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(ours(x), expected)
+    ours.train()
+    assert torch.equal(ours(x), ours(x)), "nothing is dropped out"
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Puts a file where torch.hub keeps what it has downloaded for a name of torchvision's; downloads nothing."""
+    import torchvision
+
+    def refuse(url, *_, **__):
+        raise OSError(f"no connection to {url}")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+
+    def keep(name, state):
+        url = torchvision.models.get_weight(name).url
+        path = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path)
+        return path
+
+    return keep
+
+
+def saved(model, path):
+    """The state of a torchvision model in a file as old as torchvision's, which counts no batches."""
+    import torchvision
+
+    state = getattr(torchvision.models, model)().state_dict()
+    torch.save({name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}, path)
+    return state
 
 
 def test_weights_come_from_a_local_file(tmp_path):
-    import torchvision
-
-    state = torchvision.models.resnet18().state_dict()
-    torch.save(state, tmp_path / "weights.pt")
+    state = saved("resnet18", tmp_path / "weights.pt")
     model = deeplabv3(stub(shape=(3, 32, 32)), depth=18, cut=2, weights=tmp_path / "weights.pt")
     assert torch.equal(model.shared[0][0].weight, state["conv1.weight"])
     assert torch.equal(model.branches["depth"][-1][1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
+def test_weights_of_vgg16_are_those_of_torchvisions_convolutions(tmp_path):
+    state = saved("vgg16_bn", tmp_path / "weights.pt")
+    model = vgg16(stub(LABELS, (3, 32, 32), dense=False), weights=tmp_path / "weights.pt")
+    found = model.shared.state_dict()
+    features = {name: value for name, value in state.items() if name.startswith("features.")}
+    assert len(found) == len(features)
+    for own, (name, value) in zip(found.values(), features.items(), strict=True):
+        assert torch.equal(own, value), name
+    with pytest.raises(ValueError, match=r"fit this vgg16_bn: 78 of another shape \(features\.0\.weight \[64, 3"):
+        vgg16(stub(LABELS, (3, 32, 32), dense=False), width=8, weights=tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (deeplabv3, "IMAGENET1K_V1"),
+        (fpn, "DEFAULT"),
+        (mtan, "DEFAULT"),
+        (resnet, "ResNet18_Weights.IMAGENET1K_V1"),
+    ],
+)
+def test_weights_have_torchvisions_names(kept, make, name):
+    import torchvision
+
+    state = torchvision.models.resnet18().state_dict()
+    kept("ResNet18_Weights.IMAGENET1K_V1", state)
+    data = stub(PAIR, (3, 32, 32), dense=make is not resnet)
+    shared = make(data, depth=18, weights=name).shared.state_dict()
+    last = next(value for key, value in shared.items() if key.endswith("1.conv2.weight") and len(value) == 512)
+    assert torch.equal(last, state["layer4.1.conv2.weight"])
+
+
+def test_weights_by_name_say_what_is_wrong(kept):
+    data = stub(PAIR, (3, 32, 32))
+    with pytest.raises(ValueError, match=r"no such file, and no name .* resnet50: IMAGENET1K_V1, IMAGENET1K_V2, "):
+        deeplabv3(data, weights="IMAGENET_V1")
+    with pytest.raises(ValueError, match=r"resnet50-11ad3fa6\.pth nor https.* be read as weights: OSError: no conn"):
+        deeplabv3(data, weights="IMAGENET1K_V2")
+    # A file of the name that holds something else.
+    path = kept("ResNet18_Weights.IMAGENET1K_V1", {"weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match=rf"{path}: the weights do not fit this resnet18: 100 missing .* 1 unknown"):
+        deeplabv3(data, depth=18, weights="DEFAULT")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"neither {path} nor .* can be read as weights: it is not, or not only, t"):
+        deeplabv3(data, depth=18, weights="DEFAULT")
+
+
+class Runs:
+    """What is run where a pickle of it is opened."""
+
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize("content", ["junk", "nothing", "a class", "no file"])
+def test_files_that_hold_no_weights_are_named(tmp_path, capsys, content):
+    path = tmp_path / "weights.pt"
+    if content == "a class":
+        torch.save({"weight": Runs()}, path)
+    elif content != "no file":
+        path.write_bytes(b"junk, and more of it" if content == "junk" else b"")
+    wrong = "no such file" if content == "no file" else "cannot be read as weights"
+    wrong += ": it is not, or not only, tensors" * (content != "no file")
+    with pytest.raises(ValueError, match=rf"{path}: {wrong}"):
+        deeplabv3(stub(shape=(3, 32, 32)), depth=18, weights=path)
+    with pytest.raises(ValueError, match=rf"{path}: {wrong}"):
+        vgg16(stub(LABELS, (3, 32, 32), dense=False), weights=str(path))
+    assert capsys.readouterr().out == ""
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
@@ -282,6 +388,26 @@ def test_mtan_masks_what_the_trunk_sees():
     norm = attention.masks[-1][2]
     torch.nn.init.constant_(norm.bias, -1e4)
     assert not attention(maps).any()
+
+
+def test_mtan_carries_attention_on_by_residual_bottlenecks():
+    widths = [256, 512, 1024, 2048]
+    attention = mtan(stub({"depth": 1}), depth=50).branches["depth"].double().eval()
+    # The mask's two 1×1 convolutions and two normalisations; 1×1, 3×3, 1×1 with one each, and the skip's 1×1 with one.
+    read = [256, 1024, 2048, 4096]
+    assert [count(mask) for mask in attention.masks] == [
+        a * b // 4 + b // 4 * b + 2 * (b // 4 + b) for a, b in zip(read, widths, strict=True)
+    ]
+    assert [count(block) for block in attention.carry] == [
+        a * c + 9 * c * c + c * b + a * b + 2 * (c + c + b + b)
+        for a, b, c in ((a, b, b // 4) for a, b in itertools.pairwise(widths))
+    ]
+    # Convolutions that say nothing leave the skip.
+    x = torch.randn(2, 256, 4, 5, dtype=torch.float64)
+    block = attention.carry[0]
+    nn.init.zeros_(block.bn3.weight)
+    torch.testing.assert_close(block(x), torch.relu(block.downsample(x)))
+    assert block(x).any()
 
 
 def test_mtan_shares_its_trunk_whole():
@@ -398,9 +524,23 @@ def test_vgg16_normalises_every_domain_by_itself_and_shares_the_rest():
         vgg16(stub(LABELS, (3, 32, 32), dense=False), by_domain=True)
 
 
+def test_vgg16_of_the_domains_of_cifar100_is_auto_lambdas():
+    names = [f"domain_{i}" for i in range(20)]
+    model = vgg16(domains(names), by_domain=True)
+    # Thirteen 3×3 convolutions with a bias, a scale and a shift of each domain after each, and one linear layer a task.
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    convolutions = sum(9 * a * b + b for a, b in itertools.pairwise(widths))
+    assert count(model.shared) == convolutions + 20 * 2 * sum(widths[1:])
+    assert count(model.heads) == 20 * (512 * 5 + 5)
+    # The last convolutions see one pixel in sixteen: there is no pooling after them but the mean.
+    assert model.shared(torch.randn(1, 3, 32, 32), names[:1]).shape == (1, 512, 2, 2)
+    with pytest.raises(ValueError, match="15×32 is too small"):
+        vgg16(stub(LABELS, (3, 15, 32), dense=False))
+
+
 @pytest.mark.parametrize("cut", [0, 2])
 def test_vgg16_of_domains_splits_anywhere(cut):
-    model = vgg16(domains(), cut=cut, width=4, hidden=0, by_domain=True)
+    model = vgg16(domains(), cut=cut, width=4, by_domain=True)
     for name in "abc":
         assert model(torch.randn(2, 3, 32, 32), [name])[name].shape == (2, 5)
     shared = [name for name, _ in model.shared.named_parameters() if ".norms." in name]

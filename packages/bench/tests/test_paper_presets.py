@@ -29,7 +29,7 @@ TINY = {
     "mtan": ["network.depth=18"],
     "resnet": ["network.hidden=8"],
     "unet": ["network.widths=[4, 6, 8]"],
-    "vgg16": ["network.width=2", "network.hidden=4"],
+    "vgg16": ["network.width=2"],
     "lenet": [],
 }
 

@@ -5,6 +5,7 @@ import json
 import re
 from functools import partial
 from html.parser import HTMLParser
+from pathlib import Path
 from statistics import fmean, stdev
 
 import matplotlib as mpl
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sidetask_bench import drawing, plots, records, report, shapes, tables
 from sidetask_bench.gallery import Gallery, Legend, Picture, Strip
+from sidetask_bench.schema import ExperimentError
 
 pytestmark = pytest.mark.thorough
 
@@ -435,12 +437,12 @@ def test_a_comparison_that_lacks_something(tmp_path, change, message):
     data = make(tmp_path, rows=("single",), seeds=(0,), steps=1, epochs=1)
     del data[change]
     (tmp_path / "comparison.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ExperimentError, match=message):
         report.write(tmp_path)
 
 
 def test_no_comparison(tmp_path):
-    with pytest.raises(FileNotFoundError, match="sidetask compare"):
+    with pytest.raises(ExperimentError, match="sidetask compare"):
         report.write(tmp_path)
 
 
@@ -510,3 +512,17 @@ def test_spread_keeps_order_and_distance():
         assert all(-1e-9 < place < 1 + 1e-9 for place in moved)
     assert shapes._spread([0.0, 0.5, 1.0], 0.1) == [0.0, 0.5, 1.0]
     assert shapes._spread([0.4, 0.4], 0.1) == pytest.approx([0.35, 0.45])
+
+
+def test_a_report_that_is_interrupted_keeps_what_was_there(tmp_path, monkeypatch):
+    make(tmp_path, steps=2, epochs=1)
+    report.write(tmp_path, pictures())
+    files = {*tmp_path.glob("report.html"), *tmp_path.glob("pictures/*.png")}
+    assert {"report.html", "gallery.png", "improvement.png"} <= {path.name for path in files}
+    for path in files:
+        path.write_text("of before")
+    replaced = set()
+    monkeypatch.setattr(Path, "replace", lambda self, target: replaced.add(target))
+    report.write(tmp_path, pictures())
+    assert {path.read_text() for path in files} == {"of before"}
+    assert replaced == files

@@ -305,6 +305,12 @@ def test_what_does_not_exist_is_one_clear_error(load: Loader, tmp_path: Path, ch
         assert word in str(caught.value)
 
 
+def test_a_run_that_could_not_begin_does_not_keep_its_folder(load: Loader, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="cut"):
+        train(load("network.cut=9").run(None, 0), tmp_path / "run")
+    assert train(load("training.epochs=1").run(None, 0), tmp_path / "run")["steps"] == 6
+
+
 def test_load_run_needs_a_trained_network(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="no trained network"):
         load_run(tmp_path)

@@ -1,4 +1,5 @@
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from sidetask_bench.schema import ExperimentError
 from sidetask_bench.storage import (
     Journal,
     StepLog,
+    is_locked,
     locked,
     read_tensors,
     write_json,
@@ -99,3 +101,17 @@ def test_a_folder_has_one_trainer(tmp_path: Path) -> None:
         pass
     with locked(tmp_path / "run"):
         pass
+
+
+def test_who_looks_at_a_lock_does_not_keep_it(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="there are no such locks here")
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
+    with (tmp_path / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # in the middle of a look
+        look = threading.Timer(0.1, fcntl.flock, (file, fcntl.LOCK_UN))
+        look.start()
+        with locked(tmp_path):
+            pass
+        look.join()

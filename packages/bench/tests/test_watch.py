@@ -1,13 +1,18 @@
 import json
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sidetask_bench import Experiment, ExperimentError, compare, train
+from sidetask_bench import Experiment, ExperimentError, compare, storage, train
+from sidetask_bench.ablation import ablate_transfers
+from sidetask_bench.assemble import make_dataset
 from sidetask_bench.cli import app
+from sidetask_bench.grouping import compare_groupings
 from sidetask_bench.progress import Display
+from sidetask_bench.relations import enumerate_relations
 from sidetask_bench.watch import watch
 from typer.testing import CliRunner
 
@@ -85,3 +90,54 @@ def test_a_run_that_has_stopped_is_named(load: Loader, tmp_path: Path) -> None:
     assert "run has stopped without a result" in result.output
     with pytest.raises(ExperimentError, match="holds no run"):
         watch(tmp_path / "board", Display(), poll=0.01)
+
+
+def test_the_folder_where_one_is_has_a_name(load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(load("training.epochs=1").run(None, 0), tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    result = CliRunner().invoke(app, ["watch", ".", "--tensorboard", str(tmp_path / "board")])
+    assert result.exit_code == 0
+    assert result.output.startswith("run: ")
+    assert [path.name for path in (tmp_path / "board").iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_comparison_that_prepares_its_runs_is_waited_for(
+    load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    folder, experiment = tmp_path / "c", load("training.epochs=1")
+    if begun:
+        compare(experiment, folder)
+        (folder / "equal" / "seed0" / "result.json").unlink()
+    preparing, go_on = threading.Event(), threading.Event()
+
+    def slow(plugin: Any) -> Any:
+        preparing.set()
+        assert go_on.wait(60)
+        return make_dataset(plugin)
+
+    monkeypatch.setattr(sys.modules["sidetask_bench.compare"], "make_dataset", slow)
+    display, stopped = Recorder(), list[str]()
+    work = threading.Thread(target=compare, args=(experiment, folder))
+    look = threading.Thread(target=lambda: stopped.extend(watch(folder, display, poll=0.02)))
+    try:
+        work.start()
+        assert preparing.wait(60)
+        look.start()
+        look.join(1)
+        assert look.is_alive()
+    finally:
+        go_on.set()
+        work.join()
+        look.join()
+    assert stopped == []
+    assert {event[1] for event in display.seen if event[0] == "finished"} == {"single/seed0", "equal/seed0"}
+
+
+@pytest.mark.parametrize("make", [compare, enumerate_relations, compare_groupings, ablate_transfers])
+def test_a_second_one_is_kept_out_of_the_folder(load: Loader, tmp_path: Path, make: Callable[..., Any]) -> None:
+    split = ("network.cut=1", "network.widths=[4, 8]", "method=saal-w", "training.epochs=1")
+    with storage.locked(tmp_path), pytest.raises(ExperimentError, match="another process is training in"):
+        make(load(*split), tmp_path)
+    assert not list(tmp_path.rglob("config.yaml"))
+    make(load(*split), tmp_path)

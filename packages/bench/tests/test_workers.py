@@ -1,5 +1,7 @@
 import contextlib
 import io
+import math
+import multiprocessing
 import os
 import re
 import signal
@@ -14,6 +16,7 @@ import pytest
 from rich.console import Console
 from sidetask_bench import Experiment, ExperimentError, compare, runtime, storage
 from sidetask_bench.progress import ConsoleDisplay, Display
+from sidetask_bench.workers import Processes
 from sidetask_core import Step, StepFailure
 
 pytestmark = pytest.mark.thorough
@@ -180,3 +183,67 @@ def test_a_fatal_error_stops_the_other_runs_at_once(load: Loader, tmp_path: Path
         compare(load("training.epochs=500"), folder, jobs=2)
     with storage.locked(folder / "single" / "seed0"):
         assert not (folder / "single" / "seed0" / "result.json").exists()
+
+
+class Killer(Display):
+    """Kills workers whenever a run of this row has come to its second epoch, so often."""
+
+    def __init__(self, row: str, times: float) -> None:
+        self.row, self.times, self.killed = row, times, 0
+        self.resumed: list[str] = []
+        self.others = set(multiprocessing.active_children())  # of tests before
+
+    def begin(self, name: str, done: int, steps: int) -> None:
+        if done:
+            self.resumed.append(name)
+
+    def show(self, name: str, done: int, epoch: int, epochs: int, latest: Any) -> None:
+        if name.startswith(f"{self.row}/") and epoch and self.killed < self.times:
+            workers = set(multiprocessing.active_children()) - self.others
+            if workers:  # or what it showed before its death is still being read
+                self.killed += 1
+            for worker in workers if self.times > 1 else [*workers][:1]:
+                worker.kill()
+
+
+LONG = ("training.epochs=60", "rows={single: {network: {cut: 0}}, equal: {}, rlw: {method: rlw}}")
+
+
+def test_a_comparison_survives_the_death_of_a_worker(load: Loader, tmp_path: Path, outcome: Any) -> None:
+    experiment, killer, pools = load(*LONG), Killer("equal", 1), []
+
+    def pool(at_once: int) -> Processes:
+        pools.append(Processes(at_once))
+        return pools[-1]
+
+    whole = compare(experiment, tmp_path / "whole")
+    comparison = compare(experiment, tmp_path / "lost", jobs=2, display=killer, pool=pool)
+    assert killer.killed == 1
+    assert killer.resumed, "from checkpoints"
+    assert len(pools) == 2, "all go on side by side"
+    assert comparison["failed"] == []
+    assert [row["mean"] for row in comparison["rows"]] == [row["mean"] for row in whole["rows"]]
+    for row in ("single", "equal", "rlw"):
+        assert outcome(tmp_path / "lost" / row / "seed0") == outcome(tmp_path / "whole" / row / "seed0")
+
+
+def test_a_run_that_always_kills_its_worker_is_a_failed_run(load: Loader, tmp_path: Path) -> None:
+    killer = Killer("equal", math.inf)
+    comparison = compare(load(*LONG), tmp_path, jobs=2, display=killer)
+    assert killer.killed == 3, "beside others, beside others again, alone"
+    (failure,) = comparison["failed"]
+    assert (failure["row"], failure["seed"]) == ("equal", 0)
+    assert "BrokenProcessPool" in failure["error"]
+    assert [row["name"] for row in comparison["rows"]] == ["single", "rlw"]
+
+
+def test_a_script_whose_workers_cannot_begin_says_why(
+    tiny: Callable[..., Path], python: Callable[..., Any], tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"from sidetask_bench import compare, load_experiment\ncompare(load_experiment({str(tiny())!r}), 'c', jobs=2)\n"
+    )
+    done = python(str(script))
+    assert done.returncode == 1
+    assert "ExperimentError: no process for --jobs came to life" in done.stderr.splitlines()[-1]

@@ -17,7 +17,7 @@ from sidetask_bench.assemble import make_dataset, make_step
 from sidetask_bench.config import Experiment, RunConfig
 from sidetask_bench.relations import Finished, Group, csv_text, definition_of
 from sidetask_bench.schema import ExperimentError
-from sidetask_bench.workers import Running
+from sidetask_bench.workers import Running, one_at_a_time
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,6 +41,7 @@ class Ablation:
     failed: dict[str, str]
 
 
+@one_at_a_time
 def ablate_transfers(
     experiment: Experiment,
     folder: str | Path,

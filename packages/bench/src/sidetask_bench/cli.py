@@ -49,7 +49,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Say what is wrong in one line: exit status 2 for bad input, 1 for a run that failed."""
+    """Say what is wrong in one line: exit status 2 for bad input or a bad place, 1 for a run that failed."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, debug: bool = False, **kwargs: Any) -> None:
@@ -61,6 +61,13 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, ExperimentError) else 1) from error
+        except BrokenPipeError:  # who read has read enough
+            raise
+        except OSError as error:
+            if debug:
+                raise
+            typer.echo(f"error: {error if error.filename is None else f'{error.filename}: {error.strerror}'}", err=True)
+            raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
             raise typer.Exit(130) from error
@@ -219,6 +226,8 @@ def describe_dataset(
     from PIL import Image
     from sidetask_datasets import describe, sheet
 
+    from sidetask_bench import storage
+
     data = make_dataset(Plugin(dataset, document.override({}, options or ())))
     found = describe(data)
     console = _console()
@@ -232,8 +241,8 @@ def describe_dataset(
             rows.append([f"{task}: {value}", *(form.format(labels[split][value]) for split in splits)])
     console.print(tables.Blocks(["", *splits], rows))
     if gallery is not None:
-        gallery.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sheet(data, samples)).save(gallery, format="PNG")
+        picture = Image.fromarray(sheet(data, samples))
+        storage.write_atomically(gallery, lambda file: picture.save(file, format="PNG"))
         console.print(f"gallery: {gallery}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -401,8 +410,6 @@ def watch_runs(
 @_reported
 def rewrite_report(folder: Annotated[Path, typer.Argument(help="Of a comparison.")]) -> None:
     """Write the report of a comparison again."""
-    if not (folder / "comparison.json").is_file():
-        raise ExperimentError(f"{folder} has no comparison.json; sidetask compare writes it")
     _say_report(folder, _console())
 
 

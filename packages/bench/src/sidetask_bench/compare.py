@@ -16,7 +16,7 @@ from sidetask_bench.config import Experiment, RunConfig
 from sidetask_bench.prerequisites import make_prerequisites
 from sidetask_bench.schema import ExperimentError, plain
 from sidetask_bench.selection import judges
-from sidetask_bench.workers import Running, train_all
+from sidetask_bench.workers import Running, one_at_a_time, train_all
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Results = Mapping[str, Mapping[str, Any]]
 
 
+@one_at_a_time
 def compare(
     experiment: Experiment,
     folder: str | Path,
@@ -36,8 +37,8 @@ def compare(
     """Train every row with every seed and compare their test metrics.
 
     Finished runs are kept and interrupted ones resumed, so that the same call goes on after a kill, and a row or
-    seed added later costs only itself. A run that diverges is left out and named under ``failed``. What rows read from
-    the experiment's folder is made first (`sidetask_bench.prerequisites`).
+    seed added later costs only itself. A run that diverges, or whose worker dies again and again, is left out and named
+    under ``failed``. What rows read from the experiment's folder is made first (`sidetask_bench.prerequisites`).
 
     Args:
         experiment: with rows.
@@ -51,8 +52,8 @@ def compare(
         What is in ``comparison.json``. On other processes than 0 of ``torchrun``, an empty mapping.
 
     Raises:
-        ExperimentError: for a mistake in any row, before the first one is trained; or if no run of the baseline
-            finished.
+        ExperimentError: for a mistake in any row, before the first one is trained; if another comparison goes on in the
+            folder; or if no run of the baseline finished.
     """
     folder = Path(folder)
     given, experiment = experiment, experiment.at(folder)

@@ -22,7 +22,7 @@ def conflict(tasks: Sequence[str], gramian: Tensor, labelled: Tensor) -> Values:
       Tasks that differ in scale alone have the square of their ratio.
 
     What does not exist is NaN: everything of a task that has no label in the batch, the cosines of a gradient that is
-    zero, and all of it where a gradient is not finite.
+    zero or not finite, and where one is not finite, all ratios and the condition, of which it is part.
 
     Args:
         tasks: the names of the T tasks.
@@ -39,24 +39,26 @@ def conflict(tasks: Sequence[str], gramian: Tensor, labelled: Tensor) -> Values:
     gramian = gramian.double()
     nan = torch.full_like(gramian[0, 0], torch.nan)
     squares = gramian.diagonal()
-    norms = torch.where(labelled, squares.clamp(min=0).sqrt(), nan)
+    finite = squares.isfinite()
+    norms = torch.where(labelled & finite, squares.clamp(min=0).sqrt(), nan)
+    mean = torch.where((labelled & ~finite).any(), nan, norms.nanmean())
     # A zero gradient has no direction: 0 / 0.
     cosines = (gramian / norms.unsqueeze(1) / norms).clamp(-1, 1)
     pairs = itertools.combinations(range(len(tasks)), 2)
     return {
         "cosines": {f"{tasks[a]}, {tasks[b]}": cosines[a, b] for a, b in pairs},
-        "ratios": dict(zip(tasks, (norms / norms.nanmean()).unbind(), strict=True)),
+        "ratios": dict(zip(tasks, (norms / mean).unbind(), strict=True)),
         "condition": {"gramian": _condition(gramian, labelled, most)},
     }
 
 
 def _condition(gramian: Tensor, labelled: Tensor, most: float) -> Tensor:
-    finite = gramian.isfinite().all() & labelled.any()
-    squares = torch.where(labelled, gramian.diagonal(), 0.0)
+    there = torch.where(labelled.unsqueeze(1) & labelled, gramian, 0.0)
+    finite = there.isfinite().all() & labelled.any()
     # An absent task gets the mean eigenvalue of the others for its own, which is neither the least nor the greatest:
     # leaving it out would have to wait for the device to say which it is.
-    there = (labelled.unsqueeze(1) & labelled).to(gramian) * gramian
-    filled = there + torch.where(labelled, 0.0, squares.sum() / labelled.sum().clamp(min=1)).diag()
+    mean = there.diagonal().sum() / labelled.sum().clamp(min=1)
+    filled = there + torch.where(labelled, 0.0, mean).diag()
     values = torch.linalg.eigvalsh(torch.where(finite, filled, torch.eye(len(filled)).to(filled)))
     condition = values[-1] / values[0].clamp(min=values[-1] / most)
     return torch.where(finite, condition, torch.nan)

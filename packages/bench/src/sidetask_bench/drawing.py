@@ -22,6 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 
+from sidetask_bench import storage
+
 PANEL = (4.4, 3.1)
 DPI = 150
 SMALL = 9  # points, of names and numbers
@@ -151,8 +153,14 @@ def png(panels: Sequence[Panel], path: Path, *, title: str = "", columns: int = 
     for index, panel in enumerate(panels):
         ax, _ = place(figure, panel, index % columns, rows - 1 - index // columns, top=0.12)
         ax.set_title(panel.title.replace("$", r"\$"), loc="left", color=LIGHT.ink, fontsize=11, fontweight="bold")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    return save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, with nothing in it that changes from time to time."""
+    storage.write_atomically(
+        path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}), durable=False
+    )
     return path
 
 

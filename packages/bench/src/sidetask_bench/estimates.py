@@ -83,13 +83,27 @@ def estimate_relations(
     """
     folder = Path(folder)
     dataset = make_dataset(experiment.dataset)
-    names = tuple(task.name for task in dataset.tasks)
     seed = experiment.seeds[0] if seed is None else seed
     base, learned = experiment.run(None, seed), _learned(experiment, seed)
     make_step(learned, dataset)  # what is wrong with it is said before anything is trained
     truth = enumerate_relations(experiment, folder, seed=seed, **how)
+    with storage.locked(folder):
+        return _beside(truth, experiment, folder, base, learned, dataset, **how)
+
+
+def _beside(
+    truth: Relations,
+    experiment: Experiment,
+    folder: Path,
+    base: RunConfig,
+    learned: RunConfig,
+    dataset: Dataset,
+    **how: Unpack[Running],
+) -> Estimates:
+    """Train what the estimates need, and set them beside the truth."""
     from sidetask_saal import coefficient_relations, feature_relations, rank_correlation
 
+    names = truth.tasks
     together, pairs = run_of(base, names), itertools.product(names, repeat=2)
     alone = {name: folder / run_of(base, [name]).label for name in names}
     runs: dict[Group, RunConfig] = {("together",): together, ("learned",): learned}

@@ -15,6 +15,7 @@ from sidetask_core import Batch, Task
 from sidetask_datasets import Dataset, View
 from torch import Tensor
 
+from sidetask_bench import drawing
 from sidetask_bench.records import Comparison
 from sidetask_bench.run import load_run
 
@@ -135,9 +136,7 @@ def png(gallery: Gallery, path: Path) -> Path:
             fontweight="bold",
             color="#1b1f24",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})
-    return path
+    return drawing.save(figure, path)
 
 
 def _start(dataset: Dataset, task: Task, batch: Batch, index: int) -> Strip:

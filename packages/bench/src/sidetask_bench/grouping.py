@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from sidetask_bench.config import Experiment, RunConfig
 from sidetask_bench.records import Entry, Groupings
 from sidetask_bench.relations import chosen_validation, csv_text, definition_of, run_of
 from sidetask_bench.schema import ExperimentError
-from sidetask_bench.workers import Running, train_all
+from sidetask_bench.workers import Running, one_at_a_time, train_all
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MOST = 6  # tasks; 63 combinations
 
 
+@one_at_a_time
 def compare_groupings(
     experiment: Experiment,
     folder: str | Path,
@@ -46,8 +47,8 @@ def compare_groupings(
         how: jobs, overwrite, display and pool; see `sidetask_bench.workers.Running`.
 
     Raises:
-        ExperimentError: for fewer than two tasks or more than `MOST`, a row that there is not, or if a task's runs by
-            itself failed.
+        ExperimentError: for fewer than two tasks or more than `MOST`, a row that there is not or that is named as a
+            combination is, if another comparison goes on in the folder, or if a task's runs by itself failed.
     """
     folder = Path(folder)
     dataset = make_dataset(experiment.dataset)
@@ -58,14 +59,14 @@ def compare_groupings(
         )
     groups = [group for size in range(1, len(names) + 1) for group in itertools.combinations(names, size)]
     learned = list(_learning_rows(experiment) if rows is None else rows)
+    _check_names(learned, {"+".join(group) for group in groups})
     configs: dict[str, list[RunConfig]] = {}
     for seed in experiment.seeds:
         base = experiment.run(None, seed)
         for group in groups:
             configs.setdefault("+".join(group), []).append(run_of(base, group, shared_bottom=False))
         for row in learned:
-            # Its folder must not be that of a combination.
-            configs.setdefault(row, []).append(changed(experiment.run(row, seed), row=f"row-{row}", breakdown={}))
+            configs.setdefault(row, []).append(changed(experiment.run(row, seed), row=_folder_of(row), breakdown={}))
     for of_row in configs.values():
         make_step(of_row[0], make_dataset(of_row[0].dataset))
     places = [(config, folder / config.label) for of_row in configs.values() for config in of_row]
@@ -102,6 +103,21 @@ def compare_groupings(
     storage.write_text(folder / "grouping.csv", csv_text(result.rows()))
     drawing.png(plots.grouping_panels(result), folder / "grouping.png", columns=len(names))
     return result
+
+
+def _check_names(rows: Sequence[str], combinations: Collection[str]) -> None:
+    """A row and a combination of one name could not be told apart, neither in the folder nor in the table."""
+    for row in rows:
+        if rows.count(row) > 1:
+            raise ExperimentError(f"row {row!r} is given twice")
+        if {row, _folder_of(row)} & set(combinations):
+            raise ExperimentError(
+                f"rows.{row}: a combination of tasks has this name; give the row another, or name others (--row)"
+            )
+
+
+def _folder_of(row: str) -> str:
+    return f"row-{row}"
 
 
 def _learning_rows(experiment: Experiment) -> list[str]:

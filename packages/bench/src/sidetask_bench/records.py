@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from sidetask_bench.schema import plain
+from sidetask_bench.schema import ExperimentError, plain
 
 Array = npt.NDArray[np.float64]
 
@@ -108,15 +108,15 @@ def load(folder: Path | str) -> Comparison:
     """Read ``comparison.json`` of a comparison's folder.
 
     Raises:
-        FileNotFoundError: if the folder holds no comparison.
-        ValueError: if the file has no rows, or lacks a key (the error names it).
+        ExperimentError: if the folder holds no comparison, or the file is broken, has no rows, or lacks a key, which is
+            named.
     """
     folder = Path(folder)
     path = folder / "comparison.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; `sidetask compare` writes it")
-    data = json.loads(path.read_text(encoding="utf-8"))
+        raise ExperimentError(f"{path} does not exist; sidetask compare writes it")
     try:
+        data = json.loads(path.read_text(encoding="utf-8"))
         tasks = [
             TaskRecord(
                 task["name"],
@@ -142,9 +142,11 @@ def load(folder: Path | str) -> Comparison:
         baseline, definition = data["baseline"], data["improvement"]
         higher_is_better = data.get("higher_is_better", definition != "flat")
     except KeyError as error:
-        raise ValueError(f"{path}: the comparison has no {error.args[0]!r}") from error
+        raise ExperimentError(f"{path}: the comparison has no {error.args[0]!r}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ExperimentError(f"{path} is no comparison; sidetask compare writes it again: {error}") from error
     if not rows:
-        raise ValueError(f"{path}: the comparison has no rows")
+        raise ExperimentError(f"{path}: the comparison has no rows")
     return Comparison(
         folder,
         data.get("name", folder.name),

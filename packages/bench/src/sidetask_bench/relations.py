@@ -18,7 +18,7 @@ from sidetask_bench.assemble import blaming, make_dataset, make_step
 from sidetask_bench.config import Experiment, Plugin, RunConfig
 from sidetask_bench.run import discard, read_result
 from sidetask_bench.schema import ExperimentError
-from sidetask_bench.workers import Running, train_all
+from sidetask_bench.workers import Running, one_at_a_time, train_all
 
 if TYPE_CHECKING:
     from sidetask_datasets import Dataset
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@one_at_a_time
 def enumerate_relations(
     experiment: Experiment,
     folder: str | Path,

@@ -72,8 +72,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
         The path of the report.
 
     Raises:
-        FileNotFoundError: if the folder holds no comparison.
-        ValueError: if the comparison lacks what a report needs.
+        ExperimentError: if the folder holds no comparison, or one that lacks what a report needs.
     """
     comparison = records.load(folder)
     missing = None
@@ -154,7 +153,7 @@ def write(folder: Path | str, gallery: galleries.Gallery | None = None) -> Path:
     )
     path = comparison.folder / "report.html"
     # Line ends as they are, for the script's hash.
-    path.write_text(page, encoding="utf-8", newline="")
+    storage.write_text(path, page)
     return path
 
 

@@ -16,7 +16,6 @@ A run's folder holds
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from pathlib import Path
@@ -75,7 +74,7 @@ def train(
     """
     folder, display, config = Path(folder), display or Display(), config.with_files()
     main = parallel.rank() == 0
-    with storage.locked(folder) if main else contextlib.nullcontext(), runtime.settings(config.training) as device:
+    with storage.locked(folder), runtime.settings(config.training) as device:
         if main:
             _prepare(folder, config, overwrite)
         runtime.barrier()
@@ -84,7 +83,11 @@ def train(
         data = (dataset if dataset is not None else make_dataset(config.dataset)).to(device)
         breakdown.check(config.breakdown, data)
         with display:
-            result = _Run(config, folder, data, device, display).complete()
+            run = _Run(config, folder, data, device, display)
+            if main:
+                # Only what can be made is begun: a mistake must not keep the folder from what was meant.
+                _claim(folder, config)
+            result = run.complete()
         runtime.barrier()
         return result
 
@@ -123,7 +126,7 @@ def discard(folder: Path) -> None:
 
 
 def _prepare(folder: Path, config: RunConfig, overwrite: bool) -> None:
-    """Make the folder this run's, or refuse to mix two runs."""
+    """Refuse to mix two runs in a folder."""
     path = folder / "config.yaml"
     if overwrite:
         discard(folder)
@@ -134,6 +137,11 @@ def _prepare(folder: Path, config: RunConfig, overwrite: bool) -> None:
                 f"{folder} holds a run of another configuration ({'; '.join(changes)}); "
                 "choose another --folder, or --overwrite it"
             )
+
+
+def _claim(folder: Path, config: RunConfig) -> None:
+    """Make the folder this run's."""
+    path = folder / "config.yaml"
     if not path.exists():
         storage.write_text(path, dump(plain(config)))
 

@@ -6,11 +6,13 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from sidetask_core import parallel
 from torch import Tensor
 
 from sidetask_bench.schema import ExperimentError, plain
@@ -19,6 +21,9 @@ try:
     import fcntl
 except ImportError:  # Windows has no advisory locks of this kind
     fcntl = None  # type: ignore[assignment]
+
+# A lock that is held no longer is that of `is_locked`, which looks.
+_LOOK_SECONDS = 0.5
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, durable: bool = True) -> None:
@@ -31,18 +36,30 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, durabl
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    temporary.replace(path)
-    if durable and os.name == "posix":  # the rename itself is durable only once the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with _naming(path):
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        if durable and os.name == "posix":  # the rename itself is durable only once the folder is
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of which file an error is: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
@@ -83,25 +100,35 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a run's folder. The lock goes with the process, however that ends.
+    """Keep a second process out of the folder of a run or of a comparison, and tell those who watch that one is there.
+
+    The lock goes with the process, however that ends. Under ``torchrun``, process 0 holds it for all.
 
     Raises:
         ExperimentError: if another process holds it.
     """
+    if parallel.rank():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ExperimentError(f"another process is training in {folder}") from error
+        until = time.monotonic() + _LOOK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise ExperimentError(f"another process is training in {folder}") from error
+            time.sleep(_LOOK_SECONDS / 20)
         yield
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process trains in a folder, as far as can be said here."""
+    """Whether a process holds a folder's lock, as far as can be said here."""
     path = folder / ".lock"
     if fcntl is None or not path.exists():
         return False
@@ -126,7 +153,7 @@ class Journal:
     def append(self, *records: Mapping[str, Any]) -> None:
         """Add one line per record."""
         lines = [json.dumps(_finite(record), allow_nan=False) + "\n" for record in records]
-        with self.path.open("a", encoding="utf-8") as file:
+        with _naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
     def size(self) -> int:

@@ -20,6 +20,8 @@ def watch(
 ) -> list[str]:
     """Show a run, or all runs of a comparison, until none goes on.
 
+    What goes on holds a lock (`sidetask_bench.storage.locked`), also while it prepares its runs, or between two.
+
     Args:
         folder: of a run or of several.
         display: shows them, as it does for the process that trains.
@@ -33,7 +35,7 @@ def watch(
     Raises:
         ExperimentError: if there is no run, or TensorBoard is asked for and not installed.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # "." has no name
     followed: dict[Path, _Followed] = {}
     idle = 0
     with display:
@@ -43,17 +45,17 @@ def watch(
                     name = path.parent.relative_to(folder).as_posix() if path.parent != folder else folder.name
                     scalars = None if tensorboard is None else _Scalars(Path(tensorboard), name)
                     followed[path.parent] = _Followed(path.parent, name, display, scalars)
-            if not followed:
-                raise ExperimentError(f"{folder} holds no run; sidetask train and sidetask compare begin them")
             # Looked at before the files are, or what is written in between would be missed.
-            idle = 0 if any(storage.is_locked(path) for path in followed) else idle + 1
+            idle = 0 if any(storage.is_locked(lock.parent) for lock in folder.rglob(".lock")) else idle + 1
             for one in followed.values():
                 one.look()
-            if idle and all(one.done for one in followed.values()) and (folder / "config.yaml").exists():
+            if idle and followed and all(one.done for one in followed.values()) and (folder / "config.yaml").exists():
                 break
             time.sleep(poll)
         for one in followed.values():
             one.close()
+    if not followed:
+        raise ExperimentError(f"{folder} holds no run; sidetask train and sidetask compare begin them")
     return [one.name for one in followed.values() if not one.done]
 
 

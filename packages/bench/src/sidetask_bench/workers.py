@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import multiprocessing
 import os
 import signal
@@ -10,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar
 
 import torch
 from sidetask_core import StepFailure, parallel
 
-from sidetask_bench import runtime
+from sidetask_bench import runtime, storage
 from sidetask_bench.assemble import make_dataset
 from sidetask_bench.config import Plugin, RunConfig
 from sidetask_bench.progress import Display
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from sidetask_datasets import Dataset
 
 Job = tuple[RunConfig, Path]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _POLL_SECONDS = 0.25
 
@@ -91,6 +96,21 @@ class Running(TypedDict, total=False):
     pool: Callable[[int], Pool]
 
 
+def one_at_a_time(make: Callable[P, R]) -> Callable[P, R]:
+    """Let a function that trains all runs of its argument `folder` hold the lock there meanwhile.
+
+    A second one is kept out, and who watches knows that this one goes on: also before its first run, and between two.
+    """
+
+    @functools.wraps(make)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        folder = inspect.signature(make).bind(*args, **kwargs).arguments["folder"]
+        with storage.locked(Path(folder)):
+            return make(*args, **kwargs)
+
+    return locked
+
+
 def train_all(
     places: Sequence[Job],
     dataset: Dataset,
@@ -108,13 +128,15 @@ def train_all(
     converge. Any other error stops every run at once, as does the end of this process, however it comes; they go on
     from their checkpoints.
 
+    The death of a worker, of a signal or for want of memory, stops none. The runs that it breaks off go on in new
+    processes from their checkpoints, first side by side again; if that breaks off too, those that come next go on
+    alone, one by one, and one that kills its worker even so is a run that failed.
+
     Args:
         places: runs and folders.
         dataset: the data of those whose configuration says `plugin`; another one's are made for it.
         plugin: how another process makes the same data.
-        failures: what counts as a run that failed. With `Exception` that is everything but an `ExperimentError`, also
-            the death of a worker: the runs that it breaks off go on in new processes, first one at a time, until the
-            one that kills is found.
+        failures: what counts as a run that failed; with `Exception` everything but an `ExperimentError`.
         jobs: see `Running`, as of those that follow. Of several, or on a pool, results come in the order they are
             ready.
         overwrite: see there.
@@ -131,22 +153,28 @@ def train_all(
         for config, folder in places:
             yield config, _attempt(config, folder, overwrite, _data_of(config, dataset, plugin), display, failures)
         return
-    left, one_by_one = list(places), False
+    left, suspects, again = list(places), list[Job](), False
     while left:
         broken: list[tuple[Job, BrokenExecutor]] = []
-        some = left[:1] if one_by_one else left[:]
+        some = suspects[:1] or left[:]
         for job, future in _side_by_side(some, plugin, overwrite, display, failures, (pool or Processes)(at_once)):
             error = future.exception()
-            if isinstance(error, BrokenExecutor) and isinstance(error, failures):
+            if isinstance(error, BrokenExecutor):
                 broken.append((job, error))
             else:
                 left.remove(job)
                 yield job[0], future.result()
-        if one_by_one:
+        if suspects:
+            del suspects[0]
             for job, error in broken:
                 left.remove(job)
                 yield job[0], {"error": _named(error)}
-        one_by_one = bool(broken) != one_by_one
+        elif broken and again:
+            # Runs begin in their order: only the first of those left can have been going on.
+            lost = [job for job, _ in broken]
+            suspects, again = [job for job in left if job in lost][:at_once], False
+        else:
+            again = bool(broken)
 
 
 def _side_by_side(
@@ -155,7 +183,7 @@ def _side_by_side(
     """Each job with its finished future, as they end."""
     done = False
     try:
-        futures = {pool.submit(*job, plugin, overwrite, failures): job for job in jobs}
+        futures = {_submitted(pool, *job, plugin, overwrite, failures): job for job in jobs}
         with display:
             for future in _as_they_end(futures, pool.events, display):
                 display.end(futures[future][0].label)
@@ -163,6 +191,15 @@ def _side_by_side(
         done = True
     finally:
         pool.close(now=not done)
+
+
+def _submitted(pool: Pool, *job: Any) -> Future[dict[str, Any]]:
+    try:
+        return pool.submit(*job)
+    except BrokenExecutor as error:  # a worker has died before this one had its turn
+        future: Future[dict[str, Any]] = Future()
+        future.set_exception(error)
+        return future
 
 
 def _as_they_end(futures: Iterable[Future[Any]], events: Events, display: Display) -> Iterator[Future[Any]]:
@@ -186,7 +223,8 @@ class Processes:
         # Nothing is ever sent here: its closing, which the death of this process brings about too, stops the workers.
         self._alive, self._held = context.Pipe(duplex=False)
         self.events: Events = context.SimpleQueue()
-        self._pool = ProcessPoolExecutor(at_once, context, _start, (threads, self._alive, self.events))
+        self._begun = context.Event()
+        self._pool = ProcessPoolExecutor(at_once, context, _start, (threads, self._alive, self.events, self._begun))
 
     def submit(
         self, config: RunConfig, folder: Path, plugin: Plugin, overwrite: bool, failures: type[Exception]
@@ -195,12 +233,20 @@ class Processes:
         return self._pool.submit(attempt, config, folder, plugin, overwrite, failures)
 
     def close(self, *, now: bool) -> None:
-        """See `Pool.close`."""
+        """See `Pool.close`.
+
+        Raises:
+            ExperimentError: if no worker has come so far that it could have begun a run.
+        """
         if now:
             self._held.close()
         self._pool.shutdown(cancel_futures=True)
         self._held.close()
         self._alive.close()
+        if not now and not self._begun.is_set():
+            raise ExperimentError(
+                "no process for --jobs came to life; a script that gives jobs does so below if __name__ == '__main__'"
+            )
 
 
 class _Sender(Display):
@@ -234,10 +280,11 @@ def _named(error: Exception) -> str:
     return str(error) if isinstance(error, StepFailure) else f"{type(error).__name__}: {error}"
 
 
-def _start(threads: int, alive: Connection, events: Events) -> None:
+def _start(threads: int, alive: Connection, events: Events, begun: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent stops this
     threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
     begin(threads, events)
+    begun.set()
 
 
 def begin(threads: int, events: Events) -> None:

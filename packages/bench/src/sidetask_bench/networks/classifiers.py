@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from sidetask_bench.networks.domains import normalised_by_domain
 from sidetask_bench.networks.parts import check_cut, check_whole, image_shape
 from sidetask_bench.networks.resnet import FEATURES, check_depth, resnet_stages
-
-_VGG16 = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))  # widths, in units of the first
+from sidetask_bench.networks.weights import load_weights
 
 
 def resnet(
@@ -31,7 +30,7 @@ def resnet(
         cut: how many of the five stages (stem, ``layer1`` … ``layer4``) are shared; all by default.
         depth: 18 or 50.
         hidden: width of a head's hidden layer; 512 on CelebA in SAAL. 0: none.
-        weights: a local file with the `state_dict` of torchvision's ResNet of that depth; None trains from scratch.
+        weights: of torchvision's ResNet of that depth, by name or from a file as for `deeplabv3`.
 
     Returns:
         A model from ``[N, C, H, W]`` to ``[N, outputs]`` for each task.
@@ -47,40 +46,68 @@ def resnet(
 
 
 def vgg16(
-    dataset: Dataset, *, cut: int | None = None, width: int = 64, hidden: int = 512, by_domain: bool = False
+    dataset: Dataset,
+    *,
+    cut: int | None = None,
+    width: int = 64,
+    hidden: int = 0,
+    by_domain: bool = False,
+    weights: str | Path | None = None,
 ) -> SplitModel:
-    """VGG-16 with batch normalisation for small images, five stages of convolutions.
+    """The convolutions of VGG-16 with batch normalisation, for small images, and one head per task.
+
+    Five stages; each but the first halves the image before. A head averages over what is left of it and is linear, as
+    in Auto-λ's network for CIFAR-100 ([Liu et al. 2022](https://arxiv.org/abs/2202.03091)); the three wide linear
+    layers of VGG-16 are not there.
 
     Args:
         dataset: says how large the images are and which heads there are.
         cut: how many of the five stages are shared; all by default.
         width: channels of the first stage; the others have 2, 4, 8 and 8 times as many.
-        hidden: width of a head's hidden layer; 0: none.
+        hidden: width of a head's hidden layer; 0 (the default): none.
         by_domain: shared stages normalise each input by itself (`normalised_by_domain`), for tasks with inputs of
             their own, as on CIFAR-100's domains in Auto-λ.
+        weights: of torchvision's ``vgg16_bn``, whose classifier is ignored, by name or from a file as for `deeplabv3`.
 
     Returns:
         A model from ``[N, C, H, W]`` to ``[N, outputs]`` for each task.
 
     Raises:
-        ValueError: for an impossible cut or width, a dense dataset, images smaller than 32×32, or `by_domain` where
-            tasks have their input in common.
+        ValueError: for an impossible cut or width, a dense dataset, images smaller than 16×16, `by_domain` where tasks
+            have their input in common, or weights that do not fit.
     """
     check_whole("vgg16", dataset)
     channels, rows, columns = image_shape(dataset)
-    if min(rows, columns) < 32:
-        raise ValueError(f"vgg16 halves an image five times; {rows}×{columns} is too small for that")
+    if min(rows, columns) < 16:
+        raise ValueError(f"vgg16 halves an image four times; {rows}×{columns} is too small for that")
     if not isinstance(width, int) or isinstance(width, bool) or width < 1:
         raise ValueError(f"width is a number of channels, at least 1, found {width!r}")
-    stages = []
-    for multiples in _VGG16:
-        layers: list[nn.Module] = []
-        for outputs in (width * multiple for multiple in multiples):
-            layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-            channels = outputs
-        stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
-    model = SplitModel.from_stages(stages, check_cut(cut, len(stages)), _heads(dataset, channels, hidden))
+    stages = vgg_stages(width, channels, weights)
+    model = SplitModel.from_stages(stages, check_cut(cut, len(stages)), _heads(dataset, 8 * width, hidden))
     return normalised_by_domain(model, dataset) if by_domain else model
+
+
+def vgg_stages(width: int = 64, channels: int = 3, weights: str | Path | None = None) -> list[nn.Sequential]:
+    """The convolutions of torchvision's ``vgg16_bn``, without the last pooling: maps at 1, 1/2, 1/4, 1/8, 1/16.
+
+    Args:
+        width: channels of the first stage.
+        channels: of the image; with other than three, the first convolution is new.
+        weights: of torchvision's ``vgg16_bn``, by name or from a file; None: none.
+    """
+    from torchvision.models.vgg import cfgs, make_layers
+
+    features = make_layers([x if isinstance(x, str) else x * width // 64 for x in cfgs["D"][:-1]], batch_norm=True)
+    if channels != 3:
+        features[0] = nn.Conv2d(channels, width, 3, padding=1)
+    if weights is not None:
+        load_weights(nn.ModuleDict({"features": features}), weights, "vgg16_bn", but="classifier.")
+    stages: list[list[nn.Module]] = [[]]
+    for layer in features:
+        if isinstance(layer, nn.MaxPool2d):
+            stages.append([])
+        stages[-1].append(layer)
+    return [nn.Sequential(*stage) for stage in stages]
 
 
 def lenet(dataset: Dataset, *, cut: int | None = None, hidden: int = 50) -> SplitModel:

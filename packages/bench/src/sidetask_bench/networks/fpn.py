@@ -41,7 +41,7 @@ def fpn(
         cut: how many of the five stages (stem, ``layer1`` … ``layer4``) are shared; all by default.
         depth: of the ResNet, 18 or 50.
         width: channels of the pyramid.
-        weights: a local file with the `state_dict` of torchvision's ResNet of that depth; None trains from scratch.
+        weights: of torchvision's ResNet of that depth, by name or from a file as for `deeplabv3`.
 
     Returns:
         A model from ``[N, C, H, W]`` to ``[N, outputs, H, W]`` for each task.

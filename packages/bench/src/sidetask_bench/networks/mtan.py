@@ -18,9 +18,13 @@ def mtan(dataset: Dataset, *, cut: int | None = None, depth: int = 50, weights: 
     """MTAN ([Liu, Johns, Davison 2019](https://arxiv.org/abs/1803.10704)) on the dilated ResNet of `deeplabv3`.
 
     After each of the four layers, a task multiplies the output of the layer's last block by a mask in [0, 1], made of
-    the output of the block before and of what the task's attention made of the earlier layers; one bottleneck block
-    brings the product to the width of the next layer. A task's four masks are its branch, `AtrousHead` is its head.
-    The masks read every layer, so the trunk is shared as a whole.
+    the output of the block before and of what the task's attention made of the earlier layers; one residual bottleneck
+    brings the product to the width of the next layer. A task's four masks and three bottlenecks are its branch,
+    `AtrousHead` is its head. The masks read every layer, so the trunk is shared as a whole.
+
+    In the authors' release all tasks have the same three bottlenecks. Here each has its own: they read what a task's
+    mask has let through, and a `SplitModel` shares only what comes before the tasks part. For three tasks on a
+    ResNet-50 that is 15.9 million parameters more, and no more computation.
 
     Args:
         dataset: says how large the images are and which heads there are; it must be dense.
@@ -73,6 +77,8 @@ class Attention(nn.Module):
 
     def __init__(self, widths: list[int]) -> None:
         super().__init__()
+        from torchvision.models.resnet import Bottleneck
+
         read = [widths[0], *(2 * width for width in widths[1:])]
         self.masks = nn.ModuleList(
             nn.Sequential(
@@ -84,7 +90,7 @@ class Attention(nn.Module):
             for inputs, width in zip(read, widths, strict=True)
         )
         self.carry = nn.ModuleList(
-            nn.Sequential(convolution(a, b // 4, 1), convolution(b // 4, b // 4), convolution(b // 4, b, 1))
+            Bottleneck(a, b // 4, downsample=nn.Sequential(nn.Conv2d(a, b, 1, bias=False), nn.BatchNorm2d(b)))
             for a, b in itertools.pairwise(widths)
         )
 

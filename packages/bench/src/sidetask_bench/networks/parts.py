@@ -47,11 +47,10 @@ def check_cut(cut: int | None, stages: int) -> int:
     return stages if cut is None else cut
 
 
-def convolution(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+def convolution(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1) -> nn.Sequential:
     """Convolution, batch normalisation, ReLU; without a stride the image keeps its size."""
-    padding = dilation * (kernel // 2)
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation=dilation, bias=False),
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )

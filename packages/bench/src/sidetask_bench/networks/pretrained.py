@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sidetask_bench.networks.classifiers import MeanHead
 from sidetask_bench.networks.convolutional import PyramidHead
 from sidetask_bench.networks.parts import check_cut, image_shape, typical_label
+from sidetask_bench.networks.weights import read_weights
 
 
 def timm(
@@ -55,10 +56,11 @@ def timm(
     except (RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"timm's model {model!r} cannot be made: {error}") from error
     if weights is not None:
-        state = _weights(Path(weights))
+        state = read_weights(Path(weights))
         # timm passes over names that do not fit without a word, and joins the first parts of them by underscores.
         there = {name.replace(".", "_") for name in state}
-        missing = [name for name in encoder.state_dict() if name.removeprefix("model.").replace(".", "_") not in there]
+        needed = [name for name in encoder.state_dict() if not name.endswith("num_batches_tracked")]
+        missing = [name for name in needed if name.removeprefix("model.").replace(".", "_") not in there]
         if missing:
             raise ValueError(f"{weights}: {len(missing)} tensors of timm's {model!r} are missing, {missing[0]!r} first")
         encoder = create_model(model, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
@@ -73,20 +75,6 @@ def timm(
         else:
             heads[task.name] = nn.Sequential(Last(), MeanHead(widths[-1], hidden, outputs))
     return SplitModel.from_stages([stage], check_cut(cut, 1), heads)
-
-
-def _weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # readers raise what they like about a file that is none of theirs
-        raise ValueError(f"{path}: cannot be read as weights: {type(error).__name__}: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a state_dict (names to tensors), found {type(state).__name__}")
-    return state
 
 
 class Features(nn.Module):

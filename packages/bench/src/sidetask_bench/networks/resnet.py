@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
 from sidetask_core import SplitModel
 from sidetask_datasets import Dataset
 from torch import Tensor, nn
 
 from sidetask_bench.networks.parts import check_cut, check_dense, convolution, image_shape, resize
+from sidetask_bench.networks.weights import load_weights
 
 _DEPTHS = {18: "resnet18", 50: "resnet50"}
 FEATURES = {18: 512, 50: 2048}
@@ -36,8 +36,9 @@ def deeplabv3(
         cut: how many of the five stages are shared: 0 is single-task learning, 3 the half-shared network of the
             auxiliary-learning literature (stem, ``layer1``, ``layer2``), 5 (the default) the shared bottom.
         depth: 18 or 50.
-        weights: a local file with the ``state_dict`` of torchvision's ResNet of that depth (its classifier is
-            ignored); None trains from scratch. The weights see the images as the dataset gives them.
+        weights: of torchvision's ResNet of that depth, whose classifier is ignored: a name of torchvision's
+            (``DEFAULT``, ``IMAGENET1K_V1``), downloaded at the first use, or a local file with the ``state_dict``;
+            None (the default) trains from scratch. The weights see the images as the dataset gives them.
 
     Returns:
         A model from ``[N, C, H, W]`` to ``[N, outputs, H, W]`` for each task. Training needs batches of at least two
@@ -71,7 +72,7 @@ def resnet_stages(
     Args:
         depth: 18 or 50.
         channels: of the image; with other than three, the first convolution is new.
-        weights: a local file with the `state_dict` of torchvision's ResNet of that depth.
+        weights: of torchvision's ResNet of that depth, by name or from a file; None: none.
         stride: 8 trades the strides of the last two layers for dilations, 32 is the plain ResNet.
     """
     import torchvision
@@ -81,7 +82,7 @@ def resnet_stages(
         net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     if weights is not None:
-        _load(net, Path(weights))
+        load_weights(net, weights, _DEPTHS[depth], but="fc.")
     if stride == 8:
         _dilate(net.layer3, 2)
         _dilate(net.layer4, 4)
@@ -99,35 +100,12 @@ def _dilate(layer: nn.Module, dilation: int) -> None:
                 conv.dilation = conv.padding = (own, own)
 
 
-def _load(net: nn.Module, path: Path) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a state_dict (names to tensors), found {type(state).__name__}")
-    own = net.state_dict()
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    missing = [name for name in own if name not in state and not name.startswith("fc.")]
-    unknown = [name for name in state if name not in own]
-    misfits = [
-        f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
-        for name, value in state.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    found = {"missing": missing, "unknown": unknown, "of another shape": misfits}
-    wrong = [f"{len(keys)} {what} ({_few(keys)})" for what, keys in found.items() if keys]
-    if wrong:
-        raise ValueError(f"{path}: the weights do not fit this ResNet: {'; '.join(wrong)}")
-    net.load_state_dict(state, strict=False)
-
-
-def _few(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
-
-
 class AtrousHead(nn.Module):
-    """Atrous spatial pyramid pooling, one 3×3 convolution, a linear read-out, and upsampling to the image.
+    """torchvision's atrous spatial pyramid, one 3×3 convolution, a linear read-out, and upsampling to the image.
 
-    Five parallel views of the map, 256 channels each: itself (1×1), three 3×3 convolutions at dilations 12, 24, 36, and
-    the image's mean; joined to 256.
+    The pyramid is five parallel views of the map, 256 channels each: itself (1×1), three 3×3 convolutions at dilations
+    12, 24, 36, and the image's mean; joined to 256. torchvision drops half of what is joined out; the papers' releases
+    (Auto-λ, MTAN) do not, and neither does this.
     """
 
     def __init__(
@@ -140,21 +118,14 @@ class AtrousHead(nn.Module):
         rates: tuple[int, ...] = (12, 24, 36),
     ) -> None:
         super().__init__()
+        from torchvision.models.segmentation.deeplabv3 import ASPP
+
         self.size = size
-        self.views = nn.ModuleList(
-            [
-                convolution(inputs, width, 1),
-                *(convolution(inputs, width, dilation=rate) for rate in rates),
-            ]
-        )
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *convolution(inputs, width, 1))
-        self.join = convolution(width * (len(rates) + 2), width, 1)
+        self.pyramid = ASPP(inputs, rates, width)
+        self.pyramid.project = self.pyramid.project[:-1]  # all but the dropout
         self.smooth = convolution(width, width)
         self.predict = nn.Conv2d(width, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, outputs, H, W]``."""
-        views = [view(x) for view in self.views]
-        views.append(self.pool(x).expand_as(views[0]))
-        x = self.join(torch.cat(views, dim=1))
-        return resize(self.predict(self.smooth(x)), self.size)
+        return resize(self.predict(self.smooth(self.pyramid(x))), self.size)

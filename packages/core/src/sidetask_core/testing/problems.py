@@ -12,7 +12,9 @@ from sidetask_core.step import Report, Step
 from sidetask_core.task import Batch, Task
 
 NAMES = ("a", "b", "c")
+"""The tasks of the tiny problems."""
 SPLITS = ("shared bottom", "half-shared", "two heads on one branch")
+"""The kinds of `SplitModel` that the tiny problems have."""
 
 
 def squared(prediction: Tensor, target: Tensor) -> Tensor:

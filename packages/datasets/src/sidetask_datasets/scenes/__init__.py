@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 TASKS = ("segmentation", "parts", "depth", "normals", "edges")
+"""The tasks of the rooms."""
 
 
 def scenes(

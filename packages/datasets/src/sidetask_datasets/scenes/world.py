@@ -27,6 +27,7 @@ CLASSES = (
     "pillar",
     "lamp",
 )
+"""What a pixel can be of, in the order of the labels of segmentation."""
 COLOURS = (
     (150, 111, 72),
     (226, 226, 214),
@@ -55,6 +56,7 @@ PARTS = (
     "sphere lower",
     "leg",
 )
+"""The parts of what stands in a room, in the order of the labels of parts."""
 PART_COLOURS = (
     (196, 196, 190),
     (120, 72, 48),

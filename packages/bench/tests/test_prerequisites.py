@@ -103,6 +103,15 @@ def test_a_stored_comparison_can_be_made_again(saal: Path, sidetask: Callable[..
     assert "run: runs/saal/saal-e/seed0" in one.output
 
 
+def test_two_processes_make_relations_together(saal: Path, tmp_path: Path, python: Any) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sidetask_bench"]
+    done = python(*launch, "compare", str(saal), *EPOCHS)
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "runs/saal").rglob("result.json"):
+        assert json.loads(path.read_text())["processes"] == 2
+    assert (tmp_path / "runs/saal/comparison.json").exists()
+
+
 def test_train_says_what_makes_what_is_not_there(saal: Path, sidetask: Callable[..., Result]) -> None:
     done = sidetask("train", saal, "--row", "saal-e")
     assert done.exit_code == 2

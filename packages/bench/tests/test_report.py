@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import html
 import itertools
 import json
 import re
@@ -256,7 +257,7 @@ def test_the_improvement_follows_its_direction(tmp_path, definition):
     up = definition != "flat"
     text = report.write(tmp_path, pictures()).read_text(encoding="utf-8")
     assert Page(text).tables[0][0][1].startswith("improvement ↑" if up else "Δm ↓")
-    assert tables.MEASURES[definition].words in text
+    assert tables.MEASURES[definition].words in html.unescape(text)
     assert "Data: 70 training, 20 validation and 50 test samples of 3×36×48." in text
     assert ("lower is better" in text) is not up
     cells = report._improvement_cells(records.load(tmp_path))

@@ -52,8 +52,9 @@ def sizes(source: str | Path, assignments: Iterable[str] = (), *, small: bool = 
         title: str(path.with_name(path.name.replace(stem, name + end, 1)))
         for title, end in (("full", ""), ("small", SMALL))
     }
-    found = {title: load_experiment(file) for title, file in files.items()}
-    for experiment in found.values():
+    found = {}
+    for title, file in files.items():
+        found[title] = experiment = load_experiment(file)
         if experiment.paper is None:
             raise ExperimentError(
                 f"{experiment.name} has no key paper: it is not a paper's table; use sidetask compare"

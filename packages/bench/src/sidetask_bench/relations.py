@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sidetask_core import StepFailure
+from sidetask_core import StepFailure, parallel
 
-from sidetask_bench import drawing, plots, storage
+from sidetask_bench import drawing, plots, runtime, storage
 from sidetask_bench.assemble import blaming, make_dataset, make_step
 from sidetask_bench.config import Experiment, Plugin, RunConfig
 from sidetask_bench.run import discard, read_result
@@ -67,12 +67,17 @@ def enumerate_relations(
     runs = {group: run_of(base, group) for group in groups}
     for config in runs.values():
         make_step(config, make_dataset(config.dataset))
-    _discard_undefined(runs, folder)
+    if parallel.rank() == 0:
+        _discard_undefined(runs, folder)
+    runtime.barrier()
     done = Finished.train(runs, folder, dataset, experiment.dataset, **how)
     relations = enumerate_transfers(done, dataset.tasks, definition=definition_of(experiment), progress=lambda *_: None)
-    relations.save(folder / "relations.json")
-    storage.write_text(folder / "relations.csv", csv_text(relations.rows))
-    drawing.png([plots.relations_panel(relations.tasks, relations.improvement)], folder / "relations.png", columns=1)
+    if parallel.rank() == 0:
+        relations.save(folder / "relations.json")
+        storage.write_text(folder / "relations.csv", csv_text(relations.rows))
+        panel = plots.relations_panel(relations.tasks, relations.improvement)
+        drawing.png([panel], folder / "relations.png", columns=1)
+    runtime.barrier()
     return relations
 
 

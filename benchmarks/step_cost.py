@@ -15,7 +15,8 @@ copies of the network, and whatever is kept from one step to the next. `plain` i
 
 Methods that look ahead get a validation batch as large as the training batch, and SGD with momentum and weight decay to
 follow. In their rows all tasks are primary, unless it says "one primary". Of a method that learns in every fifth step,
-the time is a fifth of five steps in a row. Class-wise weights are those of six bins of depth, for segmentation.
+the time is a fifth of five steps in a row; where gradients are compared in every tenth, as `training.gradients` does it
+in a training, a tenth of ten. Class-wise weights are those of six bins of depth, for segmentation.
 
 A second table has the methods that TorchJD or LibMTL have too, and Auto-λ, SAAL and Pareto MTL as they were published,
 on the same model and batch, in the same rounds (`peers.py`; those libraries are optional). A ratio there is ours to
@@ -29,6 +30,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import platform
@@ -44,6 +46,7 @@ from typing import Any
 
 import torch
 from peers import installed, losses_of, peers, versions
+from sidetask_bench.conflict import conflict
 from sidetask_bench.networks.resnet import AtrousHead, resnet_stages
 from sidetask_core import Batch, SplitModel, Step, Task, plugins
 from torch import nn
@@ -139,6 +142,13 @@ METHODS: dict[str, tuple[Any, str | None]] = {
         "classwise lookahead, every fifth",
     ),
 }
+# Equal weighting, the tasks' gradients compared besides: where.
+SAMPLED = {
+    "equal, conflict at features, every tenth": "features",
+    "equal, conflict over parameters, every tenth": "parameters",
+}
+METHODS |= dict.fromkeys(SAMPLED, ("equal", None))
+PERIODS = {"every fifth": 5, "every tenth": 10}
 # "half" stands for half of all transfers, as many to every target.
 TRANSFERS: dict[str, tuple[Any, str | None]] = {
     "equal": ("equal", None),
@@ -281,7 +291,16 @@ def ours(setting: Setting, row: str, spec: Any) -> Run:
         step.zero_grad()
         step.backward(setting.batch, validation=setting.validation, optimizer=setting.optimizer)
 
-    return run
+    if row not in SAMPLED:
+        return run
+    numbers = itertools.count()
+
+    def sampled() -> None:
+        if next(numbers) % 10 == 0:
+            step.inspect(setting.batch, lambda s: conflict(s.tasks, s.gramian(SAMPLED[row]), s.labelled))
+        run()
+
+    return sampled
 
 
 def clock_of(device: str) -> Callable[[], float]:
@@ -395,7 +414,8 @@ def measure(setting: Setting, rows: dict[str, tuple[Any, str | None]], options: 
     for _ in range(options.rounds):
         random.shuffle(order)
         for key in order:
-            seconds[key].append(timed(steps[key], 5 if "every fifth" in key[0] else 1, options.device))
+            in_a_row = next((steps for text, steps in PERIODS.items() if text in key[0]), 1)
+            seconds[key].append(timed(steps[key], in_a_row, options.device))
 
     def against(key: Key, base: Key) -> dict[str, Any]:
         ratios = [a / b for a, b in zip(seconds[key], seconds[base], strict=True)]

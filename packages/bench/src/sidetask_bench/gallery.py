@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,34 +110,35 @@ def png(gallery: Gallery, path: Path) -> Path:
     """All strips in one picture, a strip per line."""
     columns = max(len(strip.pictures) for strip in gallery.strips)
     height, width = np.mean([strip.pictures[0].pixels.shape[:2] for strip in gallery.strips], axis=0)
-    cell = 0.8 if all(strip.kind == "label" for strip in gallery.strips) else 1.5
-    figure = Figure(
-        figsize=(cell * columns + 0.5, (cell * height / width + 0.28) * len(gallery.strips)),
-        dpi=_DPI,
-        layout="constrained",
-        facecolor="white",
-    )
-    grid = figure.subplots(len(gallery.strips), columns, squeeze=False)
-    for axes, strip in zip(grid, gallery.strips, strict=True):
-        for ax in axes:
-            ax.set_axis_off()
-        for ax, picture in zip(axes, strip.pictures, strict=False):
-            ax.imshow(picture.pixels, interpolation="nearest")
-            title = f"{picture.caption} {MARKS.get(picture.note, '')}".strip()
-            ax.set_title(title.replace("$", r"\$"), fontsize=7.5, color="#1b1f24", pad=3)
-        axes[0].text(
-            -0.06,
-            0.5,
-            strip.task.replace("$", r"\$"),
-            transform=axes[0].transAxes,
-            rotation=90,
-            ha="right",
-            va="center",
-            fontsize=8,
-            fontweight="bold",
-            color="#1b1f24",
-        )
+    titles = [[_title(picture) for picture in strip.pictures] for strip in gallery.strips]
+    longest = max(len(title) for line in titles for title in line)
+    labels = all(strip.kind == "label" for strip in gallery.strips)
+    # In inches; letters are about 0.06 wide.
+    cell = max(0.8 if labels else 1.5, 0.06 * longest + 0.1)
+    line = cell * height / width + 0.28
+    size = (cell * columns + 0.5, line * len(gallery.strips))
+    figure = Figure(figsize=size, dpi=_DPI, facecolor="white")
+    # One axes, in inches from the top left: a layout of one for each picture takes minutes where tasks are many.
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    ink: dict[str, Any] = {"color": "#1b1f24", "va": "center"}
+    for number, (strip, captions) in enumerate(zip(gallery.strips, titles, strict=True)):
+        top = number * line + 0.23
+        name = strip.task.replace("$", r"\$")
+        axes.text(0.25, top + (line - 0.28) / 2, name, rotation=90, ha="center", fontsize=8, fontweight="bold", **ink)
+        for column, (picture, caption) in enumerate(zip(strip.pictures, captions, strict=True)):
+            rows, across = picture.pixels.shape[:2]
+            scale = min((cell - 0.06) / across, (line - 0.28) / rows)
+            middle, wide = 0.45 + cell * (column + 0.5), scale * across / 2
+            place = (middle - wide, middle + wide, top + scale * rows, top)
+            axes.imshow(picture.pixels, interpolation="nearest", extent=place, aspect="auto")
+            axes.text(middle, top - 0.11, caption.replace("$", r"\$"), ha="center", fontsize=7.5, **ink)
+    axes.set(xlim=(0, size[0]), ylim=(size[1], 0))
     return drawing.save(figure, path)
+
+
+def _title(picture: Picture) -> str:
+    return f"{picture.caption} {MARKS.get(picture.note, '')}".strip()
 
 
 def _start(dataset: Dataset, task: Task, batch: Batch, index: int) -> Strip:

@@ -9,7 +9,7 @@ from typing import Any
 from latex2mathml.converter import convert
 
 # Links to the repository's other folders, which are no part of the site.
-_OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\((?:\.\./)+(?:benchmarks|examples|packages)/[^)]*\)")
+_OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\(\s*(?:\.\./)+(?:benchmarks|examples|packages)/[^)]*\)")
 # What `pymdownx.arithmatex` leaves in place of $…$ and $$…$$.
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
